@@ -1,0 +1,223 @@
+"""Sound in, log-mel out: any container to 16 kHz mono, and a clip's features at its natural length.
+
+Legend: N samples, F frames (10 ms), M mel bins.
+"""
+
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+
+SAMPLE_RATE = 16_000
+CHUNK_SECONDS = 30  # Whisper's window
+N_SAMPLES = CHUNK_SECONDS * SAMPLE_RATE  # 480,000 samples in a 30-second window
+N_FFT = 400  # 25 ms
+HOP_LENGTH = 160  # 10 ms, one frame
+N_FRAMES = N_SAMPLES // HOP_LENGTH  # 3,000 frames in a 30-second window
+LOG_FLOOR = 1e-10  # power below which log10 is clamped
+DYNAMIC_RANGE = (
+    2.0  # a clip's features never lie further below its maximum: 8 decades, after (x + 4) / 4
+)
+SILENCE_FLOOR = -1.5  # (log10(LOG_FLOOR) + 4) / 4
+
+
+# ------ reading
+
+# What libsndfile does not know and PyAV does: name, offset and value of the first bytes.
+AV_CONTAINERS = (
+    ("m4a/mp4", 4, b"ftyp"),
+    ("webm/mka", 0, b"\x1a\x45\xdf\xa3"),
+    ("wma", 0, b"\x30\x26\xb2\x75"),
+    ("amr", 0, b"#!AMR"),
+    ("aac", 0, b"\xff\xf1"),
+    ("aac", 0, b"\xff\xf9"),
+)
+
+
+class AudioError(ValueError):
+    """Audio that cannot be read; the message says why, for `dropped.jsonl`."""
+
+
+class NeedsPyAVError(AudioError):
+    """A container that PyAV would read, where it is not installed."""
+
+
+def read_audio(
+    source: Path | str | BinaryIO,
+    *,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+    max_seconds: float | None = None,
+) -> np.ndarray:
+    """Decode any container soundfile or PyAV reads, or a part of it, to 16 kHz mono.
+
+    Args:
+        source: path, or an open binary file.
+        start_seconds, end_seconds: the part to read; `None` is the end of the file.
+        max_seconds: stop decoding soon after this many seconds, so that a file of hours costs no
+            more memory than a clip; a result longer than `max_seconds` means that the clip is.
+
+    Returns:
+        float32 (N,), in [-1, 1] but for overshoot of the resampler.
+
+    Raises:
+        NeedsPyAVError: a container that needs PyAV where it is not installed.
+        AudioError: unreadable or damaged, or a part that ends before it starts.
+    """
+    if end_seconds is not None and end_seconds <= start_seconds:
+        raise AudioError(f"end {end_seconds} s is not after start {start_seconds} s")
+    wanted = None if end_seconds is None else end_seconds - start_seconds
+    if max_seconds is not None:
+        wanted = min(wanted or math.inf, max_seconds + 0.5)
+    try:
+        samples, rate = _read_soundfile(source, start_seconds, wanted)
+    except (RuntimeError, OSError, TypeError, ValueError) as error:  # TypeError: headerless .raw
+        samples, rate = _read_av(source, start_seconds, wanted, reason=_reason(error))
+    mono = samples.mean(axis=1, dtype=np.float32)  # (N, channels) -> (N,)
+    if not np.isfinite(mono).all():
+        raise AudioError("samples are not finite numbers")
+    if rate == SAMPLE_RATE or not len(mono):
+        return mono
+    return soxr.resample(mono, rate, SAMPLE_RATE).astype(np.float32, copy=False)
+
+
+def _reason(error: Exception) -> str:
+    """What libsndfile or FFmpeg says, without the path."""
+    return getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+
+
+def _read_soundfile(
+    source: Path | str | BinaryIO, start_seconds: float, wanted: float | None
+) -> tuple[np.ndarray, int]:
+    with soundfile.SoundFile(source) as file:
+        start = round(start_seconds * file.samplerate)
+        if start:
+            file.seek(min(start, file.frames))
+        frames = -1 if wanted is None else round(wanted * file.samplerate)
+        return file.read(frames, dtype="float32", always_2d=True), file.samplerate
+
+
+def _read_av(
+    source: Path | str | BinaryIO, start_seconds: float, wanted: float | None, *, reason: str
+) -> tuple[np.ndarray, int]:
+    """Read m4a, webm and the like, which libsndfile does not know."""
+    try:
+        import av
+    except ImportError:
+        container = _container(source)
+        if not container:
+            raise AudioError(f"soundfile cannot read it: {reason}") from None
+        raise NeedsPyAVError(f"{container} needs PyAV: pip install av") from None
+    if hasattr(source, "seek"):
+        source.seek(0)
+    start = round(start_seconds * SAMPLE_RATE)
+    stop = math.inf if wanted is None else start + round(wanted * SAMPLE_RATE)
+    pieces, position = [np.zeros(0, np.float32)], 0  # position: samples decoded so far
+    try:
+        with av.open(source if hasattr(source, "read") else str(source)) as container:
+            for piece in _av_pieces(container, av.AudioResampler("fltp", "mono", SAMPLE_RATE)):
+                pieces.append(piece[max(start - position, 0) :])
+                position += len(piece)
+                if position >= stop:
+                    break
+    except (av.FFmpegError, OSError, IndexError, ValueError) as error:
+        raise AudioError(
+            f"neither soundfile ({reason}) nor PyAV ({_reason(error)}) reads it"
+        ) from error
+    samples = np.concatenate(pieces)
+    return samples[: None if wanted is None else stop - start, None], SAMPLE_RATE
+
+
+def _av_pieces(container: Any, resampler: Any) -> Iterator[np.ndarray]:
+    """Yield float32 (n,) pieces of the first audio stream, the resampler's rest last."""
+    for frame in container.decode(audio=0):
+        yield from (part.to_ndarray()[0] for part in resampler.resample(frame))  # (1, n) -> (n,)
+    yield from (part.to_ndarray()[0] for part in resampler.resample(None))
+
+
+def _container(source: Path | str | BinaryIO) -> str:
+    """Name the container that PyAV would read, or `""`."""
+    try:
+        if hasattr(source, "seek"):
+            source.seek(0)
+            head = source.read(16)
+        else:
+            with Path(source).open("rb") as file:
+                head = file.read(16)
+    except OSError:
+        return ""
+    matches = (name for name, at, magic in AV_CONTAINERS if head[at:].startswith(magic))
+    return next(matches, "")
+
+
+def to_pcm(samples: np.ndarray) -> np.ndarray:
+    """Round float (N,) to int16 (N,), clipped to [-1, 1]; 16-bit input comes back bit-equal."""
+    return np.clip((samples * 32768.0).round(), -32768, 32767).astype(np.int16)
+
+
+def encode_flac(samples: np.ndarray) -> bytes:
+    """Encode float (N,), or what `to_pcm` made of it, at 16 kHz as 16-bit FLAC."""
+    pcm = samples if samples.dtype == np.int16 else to_pcm(samples)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def decode_flac(data: bytes) -> np.ndarray:
+    """Decode what `encode_flac` wrote: float32 (N,) at 16 kHz."""
+    samples, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+    assert rate == SAMPLE_RATE and samples.ndim == 1, (rate, samples.shape)
+    return samples
+
+
+# ------ log-mel
+
+
+def num_frames(num_samples: int) -> int:
+    """Frames that a clip reaches into: two more than its own, for the width of the window.
+
+    >>> num_frames(16_000), num_frames(480_000)
+    (102, 3000)
+    """
+    return min(math.ceil(num_samples / HOP_LENGTH) + 2, N_FRAMES)
+
+
+def log_mel(samples: np.ndarray, mel_filters: np.ndarray) -> torch.Tensor:
+    """Whisper's log-mel spectrogram of a clip at its natural length.
+
+    Equal, frame for frame, to the first frames of the clip padded with zeros to 30 seconds; all
+    later frames of that are `silence_value` of the result. Anything after 30 seconds is cut.
+
+    Args:
+        samples: float32 (N,) at 16 kHz, at least one sample.
+        mel_filters: (1 + N_FFT // 2, M), as `WhisperFeatureExtractor.mel_filters` holds them.
+
+    Returns:
+        float32 (M, F), F = `num_frames(N)`.
+    """
+    frames = num_frames(len(samples))
+    wave = torch.from_numpy(np.ascontiguousarray(samples[:N_SAMPLES], dtype=np.float32))
+    # The last frame's window reaches up to N_FFT samples past the clip; a full 30 s needs none.
+    wave = torch.nn.functional.pad(wave, (0, min(N_FFT, N_SAMPLES - len(wave))))
+    spectrum = torch.stft(
+        wave, N_FFT, HOP_LENGTH, window=torch.hann_window(N_FFT), return_complex=True
+    )
+    power = spectrum[:, :frames].abs() ** 2  # (1 + N_FFT // 2, F)
+    mel = torch.from_numpy(np.ascontiguousarray(mel_filters.T, dtype=np.float32)) @ power  # (M, F)
+    log = mel.clamp(min=LOG_FLOOR).log10()
+    features = (log + 4.0) / 4.0
+    return features.clamp(min=features.max().item() - DYNAMIC_RANGE)
+
+
+def silence_value(features: torch.Tensor) -> float:
+    """What digital silence after the speech is in a clip's features (not 0.0, which is loud noise).
+
+    The floor of the dynamic range below the clip's maximum, or of the logarithm if that is higher.
+    """
+    return max(features.max().item() - DYNAMIC_RANGE, SILENCE_FLOOR)

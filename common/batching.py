@@ -1,0 +1,199 @@
+"""Which clips meet in which batch, and how many encoder positions they get: pure functions of the
+clips' lengths.
+
+Nothing here knows torch, files or processes' ranks until `micro_batches` cuts a global batch up, so
+the same clips pass in the same order on 1, 2 or 16 processes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+POSITIONS_PER_SECOND = 50  # one encoder position is two 10-ms frames
+FULL_CONTEXT = 1500  # positions of Whisper's 30-second window
+CONTEXT_MULTIPLE = 8  # contexts are rounded up to it: tensor cores like it, and shapes repeat
+
+# Training windows end this many positions after the longest clip, drawn anew for every batch, so
+# that the model learns not to depend on where the window ends.
+TRAIN_MARGIN = (32, 160)
+FULL_SHARE = 0.05  # share of batches at the full window, for runtimes that pad to 30 s
+
+# Decoding windows: a model never trained on short windows loops when they end with the speech.
+# Loops seen in 8 runs of base models: 4 at +0 positions, 2 at +32, 1 at +64, 0 at +128.
+DECODE_MARGIN = 128
+DECODE_FLOOR = 250  # never shorter than 5 seconds
+DECODE_MULTIPLE = 32  # a clip's window depends on the clip alone, so windows must repeat to batch
+
+LENGTH_BUCKET_SECONDS = 0.32  # clips within one bucket count as equally long and are shuffled
+
+Context = Literal["auto", "full"]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The clips of one optimizer step and the window they share."""
+
+    clips: tuple[int, ...]  # row numbers of the dataset
+    context: int  # encoder positions
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process computes at once. `None` is filler that keeps shapes equal on all ranks."""
+
+    clips: tuple[int | None, ...]
+    context: int  # encoder positions
+    label_length: int  # T, tokens that label rows are padded to
+
+
+def positions(seconds: float) -> int:
+    """Encoder positions that a clip reaches into: `audio.num_frames` of it, halved.
+
+    >>> positions(5.0), positions(30.0)
+    (251, 1500)
+    """
+    return min(math.ceil((math.ceil(seconds * 100 - 1e-6) + 2) / 2), FULL_CONTEXT)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple, itself included."""
+    return -(-number // multiple) * multiple
+
+
+def window_policy(context: Context) -> dict[str, object]:
+    """The windows that a run trains with, to be written beside its adapter."""
+    if context == "full":
+        return {"context": "full", "positions": FULL_CONTEXT}
+    return {
+        "context": "auto",
+        "positions_per_second": POSITIONS_PER_SECOND,
+        "train_margin": list(TRAIN_MARGIN),
+        "train_full_share": FULL_SHARE,
+        "decode_margin": DECODE_MARGIN,
+        "decode_floor": DECODE_FLOOR,
+    }
+
+
+# ------ training
+
+
+def plan(
+    seconds: np.ndarray,
+    *,
+    global_batch_size: int,
+    seed: int,
+    epoch: int,
+    context: Context = "auto",
+) -> list[GlobalBatch]:
+    """Order the clips of one epoch into global batches of similar length, each clip once.
+
+    Args:
+        seconds: (N,) length of each clip.
+        global_batch_size: clips an optimizer step; the last batch made may have fewer.
+        seed, epoch: everything random is drawn from these two.
+        context: "auto" gives each batch its longest clip plus a random margin, and a few the full
+            window; "full" gives all the full window.
+
+    Returns:
+        Batches in the order of training.
+    """
+    random = np.random.default_rng((seed, epoch))
+    shuffled = random.permutation(len(seconds))
+    buckets = np.floor(seconds[shuffled] / LENGTH_BUCKET_SECONDS)
+    ordered = shuffled[np.argsort(buckets, kind="stable")]
+    groups = [
+        ordered[start : start + global_batch_size]
+        for start in range(0, len(ordered), global_batch_size)
+    ]
+    margins = random.integers(TRAIN_MARGIN[0], TRAIN_MARGIN[1] + 1, size=len(groups))
+    full = set(random.choice(len(groups), size=round(FULL_SHARE * len(groups)), replace=False))
+    order = random.permutation(len(groups))
+    return [
+        GlobalBatch(
+            clips=tuple(int(clip) for clip in groups[i]),
+            context=FULL_CONTEXT
+            if context == "full" or i in full
+            else _train_context(seconds[groups[i]].max(), int(margins[i])),
+        )
+        for i in order
+    ]
+
+
+def _train_context(longest_seconds: float, margin: int) -> int:
+    return min(round_up(positions(longest_seconds) + margin, CONTEXT_MULTIPLE), FULL_CONTEXT)
+
+
+def micro_batches(
+    batch: GlobalBatch,
+    *,
+    rank: int,
+    num_processes: int,
+    max_batch_seconds: float,
+    label_lengths: np.ndarray,
+) -> list[MicroBatch]:
+    """Cut one rank's share of a global batch into pieces of at most `max_batch_seconds`.
+
+    Seconds are those of the window, padding included; a piece holds at least one clip. All ranks
+    get the same number of pieces with the same shapes: where clips run out, `None` fills up.
+
+    Args:
+        label_lengths: (N,) tokens of each clip of the dataset after the start token is cut.
+    """
+    share = math.ceil(len(batch.clips) / num_processes)
+    filled = batch.clips + (None,) * (share * num_processes - len(batch.clips))
+    mine = filled[rank::num_processes]
+    most = max(1, int(max_batch_seconds * POSITIONS_PER_SECOND / batch.context))
+    size = math.ceil(share / math.ceil(share / most))  # pieces as even as can be
+    longest = int(label_lengths[list(batch.clips)].max())
+    return [
+        MicroBatch(mine[start : start + size], batch.context, longest)
+        for start in range(0, share, size)
+    ]
+
+
+# ------ decoding
+
+
+def decode_context(seconds: float, context: Context) -> int:
+    """Encoder positions a clip is decoded with: a function of the clip alone, never of its batch.
+
+    >>> decode_context(1.0, "auto"), decode_context(5.0, "auto"), decode_context(5.0, "full")
+    (256, 384, 1500)
+    """
+    if context == "full":
+        return FULL_CONTEXT
+    wanted = max(positions(seconds) + DECODE_MARGIN, DECODE_FLOOR)
+    return min(round_up(wanted, DECODE_MULTIPLE), FULL_CONTEXT)
+
+
+def decode_plan(
+    seconds: np.ndarray,
+    *,
+    batch_seconds: float,
+    context: Context,
+    label_lengths: np.ndarray | None = None,
+) -> list[MicroBatch]:
+    """Batches of clips that share one window, longest first, of at most `batch_seconds` of window.
+
+    Args:
+        seconds: (N,) length of each clip.
+        label_lengths: (N,) tokens of each clip after the start token is cut, for a loss on these
+            batches; without them no labels can be collated.
+    """
+    contexts = [decode_context(float(length), context) for length in seconds]
+    groups: list[list[int]] = []
+    for clip in sorted(range(len(seconds)), key=lambda i: (-contexts[i], -seconds[i], i)):
+        most = max(1, int(batch_seconds * POSITIONS_PER_SECOND / contexts[clip]))
+        if not groups or contexts[groups[-1][0]] != contexts[clip] or len(groups[-1]) >= most:
+            groups.append([])
+        groups[-1].append(clip)
+    return [
+        MicroBatch(
+            tuple(group),
+            contexts[group[0]],
+            0 if label_lengths is None else int(label_lengths[group].max()),
+        )
+        for group in groups
+    ]

@@ -1,0 +1,138 @@
+"""Dataclass <-> `--key value`. The only file that knows the argument library (tyro).
+
+Every option is a scalar with a value, because SageMaker can send nothing else. Booleans are
+spelled `true`/`false` in any case: SageMaker's SDK v2 sends `True`, v3 sends `true`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+C = TypeVar("C")  # a script's Config dataclass
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one line that names the option, its value and the remedy."""
+
+
+BOOLEANS = {"true": True, "false": False}
+
+registry = tyro.constructors.ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _boolean_rule(
+    type_info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Accept `true` and `True` alike; tyro's own rule knows only `True`."""
+    if type_info.type is not bool:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda words: BOOLEANS[words[0].lower()],
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+        choices=tuple(spelling for word in BOOLEANS for spelling in (word, word.title())),
+    )
+
+
+def parse(config_class: type[C], args: Sequence[str] | None = None) -> C:
+    """Build a `config_class` from `--key value` arguments.
+
+    Raises:
+        UserError: naming every argument that is not an option, lacks its value or is given twice;
+            or the first value that does not fit its option.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if "-h" not in args and "--help" not in args:
+        _check_pairs(config_class, args)
+    printed = io.StringIO()
+    try:
+        with registry, contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                config_class,
+                args=args,
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+                add_help=True,
+            )
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        raise UserError(_one_line(printed.getvalue())) from None
+
+
+def _check_pairs(config_class: type, args: list[str]) -> None:
+    """Refuse anything but `--key value` pairs of known options, every problem in one message."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    problems, seen, position = [], set(), 0
+    while position < len(args):
+        word = args[position]
+        key, equals, _ = word.partition("=")
+        name = key[2:].replace("-", "_")
+        if not key.startswith("--"):
+            problems.append(f"{word!r} stands where an option should: write --key value")
+            position += 1
+            continue
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean --{close[0]}?" if close else "see --help for the options"
+            problems.append(f"unknown option {key}: {hint}")
+        if name in seen:
+            problems.append(f"{key} is given twice: keep one")
+        seen.add(name)
+        has_value = bool(equals) or (
+            position + 1 < len(args) and not args[position + 1].startswith("--")
+        )
+        if name in names and not has_value:
+            problems.append(f"{key} has no value: write {key} VALUE")
+        position += 2 if has_value and not equals else 1
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _one_line(box: str) -> str:
+    """Flatten tyro's framed message: its first paragraph, without the frame."""
+    lines = [re.sub(r"[─-╿]", "", line).strip() for line in box.splitlines()]
+    body = []
+    for line in lines[1:]:
+        if not line:  # the rule below the first paragraph
+            break
+        body.append(line)
+    return " ".join(body) or box.strip()
+
+
+def run(main: Callable[[C], None], config_class: type[C]) -> None:
+    """Parse the command line and call `main`; a UserError becomes one line and exit code 2.
+
+    With several processes only rank 0 prints it.
+    """
+    try:
+        main(parse(config_class))
+    except UserError as error:
+        _fail(str(error))
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        _fail(f"the disk is full ({error}): free some space or give another --output_dir")
+
+
+def _fail(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether `error` says ENOSPC; safetensors and pyarrow say it in words only."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

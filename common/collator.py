@@ -1,0 +1,120 @@
+"""SpeechCollator: rows of the prepared dataset -> input_features (B, M, F), labels (B, T), and the
+decoder's inputs, which are the labels shifted right.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers.models.whisper.modeling_whisper import shift_tokens_right
+
+from common import audio
+from common.batching import MicroBatch
+
+IGNORED = -100  # label value that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class SpeechCollator:
+    """Compute features of stored clips at the window of their batch, and pad their labels.
+
+    After a clip's own frames come frames of digital silence: what Whisper would have computed from
+    zero-padded audio. Label rows lose their start token, which shifting right puts back before
+    them; padding is `IGNORED` by length, so the end token stays in the loss.
+
+    >>> import numpy as np
+    >>> from transformers import WhisperFeatureExtractor
+    >>> filters = WhisperFeatureExtractor(feature_size=80).mel_filters
+    >>> collate = SpeechCollator(filters, decoder_start_token_id=7, pad_token_id=9)
+    >>> clip = {"audio": audio.encode_flac(np.zeros(16_000)), "labels": [7, 3, 4, 9]}
+    >>> batch = collate([clip, None], context=160, label_length=5)
+    >>> batch["input_features"].shape
+    torch.Size([2, 80, 320])
+    >>> batch["input_features"][0, 0, :2].tolist()
+    [-1.5, -1.5]
+    >>> batch["labels"].tolist()
+    [[3, 4, 9, -100, -100], [-100, -100, -100, -100, -100]]
+    >>> batch["decoder_input_ids"].tolist()
+    [[7, 3, 4, 9, 9], [7, 9, 9, 9, 9]]
+    """
+
+    mel_filters: np.ndarray  # (1 + N_FFT // 2, M)
+    decoder_start_token_id: int
+    pad_token_id: int  # of decoder inputs; the same as the end token in every Whisper
+
+    def __call__(
+        self, rows: Sequence[dict[str, Any] | None], *, context: int, label_length: int
+    ) -> dict[str, torch.Tensor]:
+        """Collate rows (`None` is filler: silence, nothing in the loss) at `context` positions.
+
+        Args:
+            label_length: T; 0 leaves the labels out, for decoding.
+
+        Raises:
+            ValueError: a label row that does not begin with the start token.
+        """
+        shape = (len(rows), self.mel_filters.shape[1], 2 * context)
+        features = torch.full(shape, audio.SILENCE_FLOOR)  # (B, M, F)
+        labels = torch.full((len(rows), label_length), IGNORED)  # (B, T)
+        for i, row in enumerate(rows):
+            if row is None:
+                continue
+            natural = audio.log_mel(audio.decode_flac(row["audio"]), self.mel_filters)
+            natural = natural[:, : 2 * context]  # the context holds the clip but for rounding
+            features[i] = audio.silence_value(natural)
+            features[i, :, : natural.shape[1]] = natural
+            if not label_length:
+                continue
+            tokens = row["labels"]
+            if tokens[0] != self.decoder_start_token_id:
+                raise ValueError(
+                    f"labels of clip {row.get('id')!r} begin with token {tokens[0]}, not with "
+                    f"the start of transcript, {self.decoder_start_token_id}"
+                )
+            labels[i, : len(tokens) - 1] = torch.tensor(tokens[1:])
+        if not label_length:
+            return {"input_features": features}
+        shifted = shift_tokens_right(labels, self.pad_token_id, self.decoder_start_token_id)
+        return {"input_features": features, "decoder_input_ids": shifted, "labels": labels}
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches of one process as a map-style dataset: item i is the i-th, collated."""
+
+    dataset: Dataset
+    batches: Sequence[MicroBatch]
+    collate: SpeechCollator
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        batch = self.batches[index]
+        rows = [None if clip is None else self.dataset[clip] for clip in batch.clips]
+        return self.collate(rows, context=batch.context, label_length=batch.label_length)
+
+
+def load_batches(
+    dataset: Dataset,
+    batches: Sequence[MicroBatch],
+    collate: SpeechCollator,
+    *,
+    num_workers: int,
+) -> Iterable[dict[str, torch.Tensor]]:
+    """Collated batches in order, prepared ahead by `num_workers` processes."""
+    return DataLoader(
+        MicroBatches(dataset, batches, collate),
+        batch_size=None,  # items are batches already
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread if num_workers else None,
+    )
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)  # features of one clip at a time gain nothing from more

@@ -1,0 +1,28 @@
+"""Long work made visible: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LINE_EVERY_SECONDS = 15.0
+
+
+def track(items: Iterable[T], *, total: int, what: str, quiet: bool = False) -> Iterator[T]:
+    """Yield `items`, showing how many of `total` are done; `quiet` on all ranks but 0."""
+    if quiet:
+        yield from items
+        return
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=what, dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= LINE_EVERY_SECONDS:
+            print(f"{what}: {done}/{total} after {now - start:.0f} s", flush=True)
+            last = now
+        yield item

@@ -1,0 +1,126 @@
+"""A folder copied to S3, so that a copy that was cut off can be continued."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from common.cli import UserError
+
+
+def check(s3_uri: str) -> None:
+    """Find out, before hours of work, that an upload would fail.
+
+    Raises:
+        UserError: not an S3 URI, no credentials, no such bucket, no connection.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _ = _bucket_and_prefix(s3_uri)
+    try:
+        _client(s3_uri).head_bucket(Bucket=bucket)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in ("403", "AccessDenied"):  # may still allow puts
+            raise _s3_error(s3_uri, error) from error
+    except BotoCoreError as error:
+        raise _s3_error(s3_uri, error) from error
+
+
+def upload(folder: Path, s3_uri: str, *, last: str) -> tuple[int, int]:
+    """Copy a folder below `s3_uri`.
+
+    Large files go in parts, several at a time. An object whose size and sha256 agree is left
+    alone, so an upload that was cut off continues where it stopped.
+
+    Args:
+        folder: what to copy.
+        s3_uri: `s3://BUCKET/PREFIX`.
+        last: the file whose presence says that the copy is whole; it also tells datasets apart.
+
+    Returns:
+        Number of files sent, and of files that were there already.
+
+    Raises:
+        UserError: as `check`; or the place holds a dataset that is not this one.
+    """
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, prefix = _bucket_and_prefix(s3_uri)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files.sort(key=lambda path: path == folder / last)
+    keys = {path: prefix + path.relative_to(folder).as_posix() for path in files}
+    try:
+        client = _client(s3_uri)
+        _refuse_other_dataset(client, bucket, keys[files[-1]], files[-1], s3_uri)
+        sent = sum(_upload_file(client, bucket, keys[path], path) for path in files)
+    except (BotoCoreError, ClientError, S3UploadFailedError) as error:
+        raise _s3_error(s3_uri, error) from error
+    return sent, len(files) - sent
+
+
+def _bucket_and_prefix(s3_uri: str) -> tuple[str, str]:
+    parts = urlsplit(s3_uri)
+    if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+        raise UserError(f"--s3_uri {s3_uri} is not an S3 URI: write s3://BUCKET/PREFIX")
+    prefix = parts.path.strip("/")
+    return parts.netloc, f"{prefix}/" if prefix else ""
+
+
+def _client(s3_uri: str) -> Any:
+    import boto3
+
+    session = boto3.Session()
+    if session.get_credentials() is None:
+        raise UserError(
+            f"--s3_uri {s3_uri}: no AWS credentials found: set AWS_PROFILE or run `aws configure`"
+        )
+    return session.client("s3", region_name=session.region_name or "us-east-1")
+
+
+def _refuse_other_dataset(client: Any, bucket: str, key: str, recipe: Path, s3_uri: str) -> None:
+    stored = _stored(client, bucket, key)
+    if stored is None or stored == _size_and_sha256(recipe):
+        return
+    raise UserError(
+        f"--s3_uri {s3_uri} holds another dataset ({recipe.name} differs): "
+        "give another prefix or remove that one"
+    )
+
+
+def _upload_file(client: Any, bucket: str, key: str, path: Path) -> bool:
+    """Upload unless the object is there already; whether it was sent."""
+    from boto3.s3.transfer import TransferConfig
+
+    size, sha256 = _size_and_sha256(path)
+    if _stored(client, bucket, key) == (size, sha256):
+        return False
+    extra = {"Metadata": {"sha256": sha256}, "ChecksumAlgorithm": "SHA256"}
+    client.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=TransferConfig())
+    return True
+
+
+def _stored(client: Any, bucket: str, key: str) -> tuple[int, str] | None:
+    """Size and sha256 of an object, as `_upload_file` noted it; `None` where there is none."""
+    from botocore.exceptions import ClientError
+
+    try:
+        head = client.head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("404", "403", "NoSuchKey"):  # 403: may not list
+            return None
+        raise
+    return head["ContentLength"], head["Metadata"].get("sha256", "")
+
+
+def _size_and_sha256(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _s3_error(s3_uri: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0]
+    return UserError(
+        f"--s3_uri {s3_uri} cannot be written ({reason}): check the bucket, credentials and "
+        "network, then start again"
+    )

@@ -1,0 +1,340 @@
+"""Word error rate of a Whisper, of a LoRA adapter on it, or of both on the same clips.
+
+    python eval_wer.py --model openai/whisper-large-v2 --adapter run/adapter --data_dir prepared \\
+        --compare_base true --output_dir run/wer
+
+Any number of processes (`accelerate launch eval_wer.py ...`) gives one corpus score, the same to
+the last bit in fp32: a clip's window and token cap depend on the clip alone, predictions are
+gathered by clip id, and errors are counted over the corpus once.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
+
+from common import cli, labels, metrics, whisper
+from common.batching import Context, MicroBatch, decode_plan
+from common.collator import SpeechCollator, load_batches
+from common.dataset import column, load_prepared
+from common.files import write_json, write_text
+from common.progress import track
+from common.recipe import recipe
+
+CAP_MARGIN = 1.25  # over the tokens a second that 99.9 % of the prepared clips stay below
+CAP_EXTRA = 16  # tokens on top, for clips so short that a rate says little
+WORST_CLIPS = 20
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Config:
+    """Word and character error rate of a Whisper, with or without a LoRA adapter."""
+
+    model: str = "openai/whisper-small"  # base or full fine-tune: folder or Hub id
+    adapter: str = ""  # adapter folder that train_lora.py wrote; empty scores --model alone
+    compare_base: bool = False  # score --model without the adapter too, on the same clips
+    data_dir: str = os.environ.get("SM_CHANNEL_TEST", "prepared")  # folder of preprocess.py
+    split: str = "test"  # train, validation or test
+    max_clips: int = 0  # score only the first so many clips; 0 scores all
+    context: Context = "auto"  # window: auto follows each clip's length, full is 30 seconds
+    batch_seconds: float = 240.0  # seconds of window a batch
+    num_beams: int = 1  # 1 decodes greedily
+    precision: Precision = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it
+    num_workers: int = 1  # processes that read audio ahead; 0 reads in the main one
+    output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for wer.json, predictions.jsonl
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was decoded from one clip."""
+
+    id: str
+    text: str
+    hit_cap: bool  # the token cap cut it off: most likely a loop
+
+
+# ------ decoding
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype that `--precision` means on this machine."""
+    if precision != "auto":
+        return DTYPES[precision]
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def load_for_decoding(
+    model: str, adapter: str, *, dtype: torch.dtype, device: torch.device
+) -> WhisperForConditionalGeneration:
+    """Load a base, merge the adapter (if not empty) in float32, then convert the weights once."""
+    base = whisper.load_base(model, dtype=torch.float32)
+    if adapter:
+        base = whisper.load_adapter(base, adapter).merge_and_unload()
+    return base.to(device, dtype).eval()
+
+
+def collator_for(model: WhisperForConditionalGeneration) -> SpeechCollator:
+    """The collator that fits a model: its mel bins, its start token."""
+    return SpeechCollator(
+        whisper.mel_filters(model), model.config.decoder_start_token_id, model.config.pad_token_id
+    )
+
+
+def token_cap(seconds: float, tokens_per_second: float) -> int:
+    """Most new tokens a clip may take: what its duration can hold and some more.
+
+    Args:
+        tokens_per_second: the rate that 99.9 % of the prepared clips stay below.
+    """
+    return min(
+        math.ceil(seconds * tokens_per_second * CAP_MARGIN) + CAP_EXTRA,
+        whisper.MAX_LABEL_TOKENS - whisper.PROMPT_LENGTH,
+    )
+
+
+def transcribe(
+    model: WhisperForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    batches: Sequence[MicroBatch],
+    *,
+    task: str,
+    tokens_per_second: float,
+    num_beams: int = 1,
+    num_workers: int = 0,
+    quiet: bool = True,
+) -> list[Prediction]:
+    """Decode `batches` of clips of `dataset` in this process."""
+    collate = collator_for(model)
+    english_only = labels.is_english_only(tokenizer)
+    seconds, languages = column(dataset, "seconds"), column(dataset, "language")
+    ids = column(dataset, "id")
+    loader = load_batches(dataset, batches, collate, num_workers=num_workers)
+    predictions = []
+    collated = track(loader, total=len(batches), what="decoding, batches", quiet=quiet)
+    for batch, inputs in zip(batches, collated, strict=True):
+        clips = list(batch.clips)
+        caps = [token_cap(float(seconds[clip]), tokens_per_second) for clip in clips]
+        decoded = whisper.decode(
+            model,
+            inputs["input_features"],
+            languages=None if english_only else [str(languages[clip]) for clip in clips],
+            task=task,
+            caps=caps,
+            num_beams=num_beams,
+        )
+        for clip, tokens, cap in zip(clips, decoded, caps, strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            predictions.append(Prediction(str(ids[clip]), text, len(tokens) >= cap))
+    return predictions
+
+
+def gather(predictions: list[Prediction]) -> dict[str, Prediction]:
+    """All ranks' predictions by clip id, on every rank."""
+    return {found.id: found for found in gather_object(predictions)}
+
+
+# ------ scores
+
+
+def score(dataset: Dataset, predictions: dict[str, Prediction]) -> dict[str, Any]:
+    """Count errors over the corpus on the stored transcripts, under each normaliser.
+
+    Args:
+        predictions: one for each clip of `dataset`, by id.
+    """
+    references = [str(text) for text in column(dataset, "text")]
+    found = [predictions[str(clip_id)] for clip_id in column(dataset, "id")]
+    texts = [one.text for one in found]
+    names = metrics.normalisers_for([str(code) for code in column(dataset, "language")])
+    return {
+        "clips": len(found),
+        "clips_at_cap": sum(one.hit_cap for one in found),
+        "normalisers": {
+            name: metrics.ErrorRate(name).compute(predictions=texts, references=references)
+            for name in names
+        },
+    }
+
+
+def worst_clips(dataset: Dataset, predictions: dict[str, Prediction]) -> list[dict[str, Any]]:
+    """The clips with the most word errors (marks kept), worst first."""
+    rows = []
+    for clip_id, text in zip(column(dataset, "id"), column(dataset, "text"), strict=True):
+        said = predictions[str(clip_id)]
+        counts = metrics.count_errors(
+            metrics.keep_marks(str(text)), metrics.keep_marks(said.text), "word"
+        )
+        rows.append(
+            {
+                "id": said.id,
+                "word_errors": counts.errors,
+                "reference_words": counts.reference_length,
+                "reference": str(text),
+                "hypothesis": said.text,
+                "hit_cap": said.hit_cap,
+            }
+        )
+    return sorted(rows, key=lambda row: (-row["word_errors"], row["id"]))[:WORST_CLIPS]
+
+
+def table(systems: dict[str, dict[str, Any]]) -> str:
+    """Rates of all systems side by side, a line a measure."""
+    first = next(iter(systems.values()))
+    lines = [" " * 22 + "".join(f"{name:>12}" for name in systems)]
+    for rate in ("wer", "cer"):
+        for normaliser in first["normalisers"]:
+            values = (one["normalisers"][normaliser][rate] for one in systems.values())
+            lines.append(
+                f"{rate.upper()} {normaliser:<18}" + "".join(f"{value:12.2f}" for value in values)
+            )
+    for measure, form in (("clips_at_cap", "12d"), ("real_time_factor", "12.3f")):
+        values = (one[measure] for one in systems.values())
+        lines.append(f"{measure:<22}" + "".join(f"{value:{form}}" for value in values))
+    return "\n".join(lines)
+
+
+def write_results(
+    config: Config,
+    dataset: Dataset,
+    systems: dict[str, dict[str, Any]],
+    texts: dict[str, dict[str, Prediction]],
+) -> None:
+    """Write predictions.jsonl and wer.json, print the table."""
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in dataset.select_columns(["id", "text", "seconds", "language"]):
+        said = {name: found[row["id"]] for name, found in texts.items()}
+        row |= {name: one.text for name, one in said.items()}
+        row |= {f"{name}_hit_cap": one.hit_cap for name, one in said.items()}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(output / "predictions.jsonl", "".join(lines))
+    write_json(output / "wer.json", systems | {"recipe": recipe(config)})
+    print(table(systems))
+    print(f"scores {output / 'wer.json'}, texts {output / 'predictions.jsonl'}", flush=True)
+
+
+# ------ main
+
+
+def check(config: Config) -> None:
+    """Refuse options that cannot be meant, all at once."""
+    problems = []
+    if config.compare_base and not config.adapter:
+        problems.append("--compare_base true needs an adapter to compare: give --adapter")
+    if config.adapter and not Path(config.adapter).is_dir():
+        problems.append(f"--adapter {config.adapter}: no such folder: give a trained adapter's")
+    if config.batch_seconds <= 0:
+        problems.append(f"--batch_seconds {config.batch_seconds}: give a positive number")
+    if config.num_beams < 1:
+        problems.append(f"--num_beams {config.num_beams}: give 1 or more")
+    if problems:
+        raise cli.UserError("; ".join(problems))
+
+
+def check_languages(config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
+    """Refuse a model that cannot be asked for the clips' languages."""
+    codes = {str(code) for code in column(dataset, "language")}
+    unknown = sorted(code for code in codes if not labels.has_language(tokenizer, code))
+    if unknown:
+        raise cli.UserError(
+            f"--model {config.model}: cannot write {', '.join(unknown)}, the language of clips in "
+            f"--data_dir {config.data_dir}: give a multilingual model that has it"
+        )
+
+
+def check_base(config: Config, model: WhisperForConditionalGeneration) -> None:
+    """Refuse an adapter whose own record says that it was trained on another base."""
+    record = Path(config.adapter) / "recipe.json"
+    if not record.is_file():  # trained elsewhere: shapes are all there is to compare
+        return
+    made = json.loads(record.read_text())
+    if not whisper.same_base(made["base_probe"], whisper.base_probe(model)):
+        raise cli.UserError(
+            f"--adapter {config.adapter}: was trained on {made['config']['model']}, whose weights "
+            f"are not those of --model {config.model}: give that base"
+        )
+
+
+def main(config: Config) -> None:
+    check(config)
+    whisper.quiet_libraries()
+    accelerator = Accelerator()
+    say = accelerator.print
+
+    # ------ data
+    splits, prepared = load_prepared(config.data_dir)
+    if config.split not in splits:
+        raise cli.UserError(
+            f"--split {config.split}: {config.data_dir} has only {', '.join(splits)}: give one"
+        )
+    dataset = splits[config.split]
+    if config.max_clips:
+        dataset = dataset.select(range(min(config.max_clips, len(dataset))))
+    seconds = column(dataset, "seconds")
+    tokenizer = labels.load_tokenizer(config.model)
+    check_languages(config, tokenizer, dataset)
+    batches = decode_plan(seconds, batch_seconds=config.batch_seconds, context=config.context)
+    say(
+        f"{config.split}: {len(dataset)} clips, {seconds.sum() / 60:.1f} minutes, "
+        f"{len(batches)} batches, {accelerator.num_processes} processes"
+    )
+
+    # ------ base and adapter
+    systems: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, Prediction]] = {}
+    adapters = {"base": ""} if config.compare_base or not config.adapter else {}
+    if config.adapter:
+        adapters["adapter"] = config.adapter
+    for name, adapter in adapters.items():
+        model = load_for_decoding(
+            config.model, adapter, dtype=dtype_of(config.precision), device=accelerator.device
+        )
+        if adapter:
+            check_base(config, model)
+        say(f"decoding with {adapter or config.model}, {config.context} window")
+        start = time.perf_counter()
+        mine = transcribe(
+            model,
+            tokenizer,
+            dataset,
+            batches[accelerator.process_index :: accelerator.num_processes],
+            task=prepared["config"]["task"],
+            tokens_per_second=prepared["tokens_per_second"]["p999"],
+            num_beams=config.num_beams,
+            num_workers=config.num_workers,
+            quiet=not accelerator.is_main_process,
+        )
+        texts[name] = gather(mine)
+        wall_seconds = time.perf_counter() - start
+        systems[name] = score(dataset, texts[name]) | {
+            "audio_seconds": float(seconds.sum()),
+            "wall_seconds": wall_seconds,
+            "real_time_factor": wall_seconds / float(seconds.sum()),
+            "worst": worst_clips(dataset, texts[name]),
+        }
+        del model
+
+    # ------ results
+    if accelerator.is_main_process:
+        write_results(config, dataset, systems, texts)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,47 @@
+"""Fixtures that several rooms share: a tiny checkpoint, a prepared corpus; always offline."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+
+import preprocess  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Let each test choose its precision: accelerate keeps the first for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Whisper with a 256-byte tokenizer."""
+    return tiny.make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def prepared(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tones with Marathi words: 21 clips to train on, 5 to validate, 7 to test."""
+    folder = tmp_path_factory.mktemp("prepared")
+    source = tiny.make_corpus(folder / "source", clips={"train": 21, "validation": 5, "test": 7})
+    output = folder / "data"
+    preprocess.main(
+        preprocess.Config(
+            source=str(source),
+            language="mr",
+            model=str(checkpoint),
+            output_dir=str(output),
+            num_workers=1,
+        )
+    )
+    return output

@@ -1,0 +1,103 @@
+"""The batch plan: every clip once, the same shapes on all ranks, little padding."""
+
+import numpy as np
+import pytest
+
+from common import audio, batching
+
+SECONDS = np.random.default_rng(0).uniform(1.0, 12.0, size=203)
+LENGTHS = np.random.default_rng(1).integers(5, 90, size=203)
+
+
+def plan(epoch=0, **options):
+    return batching.plan(SECONDS, global_batch_size=8, seed=3, epoch=epoch, **options)
+
+
+def test_every_clip_passes_once_an_epoch():
+    clips = [clip for batch in plan() for clip in batch.clips]
+    assert sorted(clips) == list(range(len(SECONDS)))
+
+
+def test_the_same_seed_and_epoch_give_the_same_plan_and_others_another():
+    assert plan() == plan()
+    assert plan(epoch=1) != plan()
+
+
+def test_a_window_holds_its_longest_clip_and_a_margin():
+    for batch in plan():
+        longest = batching.positions(SECONDS[list(batch.clips)].max())
+        if batch.context == batching.FULL_CONTEXT:
+            continue
+        margin = batch.context - longest
+        low, high = batching.TRAIN_MARGIN
+        assert low <= margin < high + batching.CONTEXT_MULTIPLE
+
+
+def test_a_few_per_cent_of_batches_have_the_full_window():
+    contexts = [batch.context for epoch in range(8) for batch in plan(epoch)]
+    share = contexts.count(batching.FULL_CONTEXT) / len(contexts)
+    assert 0.02 < share < 0.06, f"{share:.3f} of the batches are full"
+
+
+def test_full_context_gives_every_batch_the_full_window():
+    assert {batch.context for batch in plan(context="full")} == {batching.FULL_CONTEXT}
+
+
+def test_clips_of_a_batch_are_so_alike_that_padding_is_under_five_per_cent():
+    used = sum(SECONDS[list(batch.clips)].sum() for batch in plan())
+    held = sum(SECONDS[list(batch.clips)].max() * len(batch.clips) for batch in plan())
+    assert 1 - used / held < 0.05, f"{1 - used / held:.3f} of the batches' length is padding"
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 16])
+@pytest.mark.parametrize("max_batch_seconds", [1.0, 30.0, 400.0])
+def test_ranks_share_a_batch_without_loss_and_in_equal_shapes(num_processes, max_batch_seconds):
+    for batch in plan():
+        ranks = [
+            batching.micro_batches(
+                batch,
+                rank=rank,
+                num_processes=num_processes,
+                max_batch_seconds=max_batch_seconds,
+                label_lengths=LENGTHS,
+            )
+            for rank in range(num_processes)
+        ]
+        shapes = [[(len(m.clips), m.context, m.label_length) for m in rank] for rank in ranks]
+        assert all(shape == shapes[0] for shape in shapes)
+        clips = [clip for rank in ranks for micro in rank for clip in micro.clips]
+        assert sorted(clip for clip in clips if clip is not None) == sorted(batch.clips)
+        assert all(micro.label_length == LENGTHS[list(batch.clips)].max() for micro in ranks[0])
+
+
+def test_micro_batches_obey_the_seconds_they_may_hold():
+    for batch in plan():
+        for micro in batching.micro_batches(
+            batch, rank=0, num_processes=1, max_batch_seconds=40.0, label_lengths=LENGTHS
+        ):
+            held = len(micro.clips) * micro.context / batching.POSITIONS_PER_SECOND
+            assert held <= 40.0 or len(micro.clips) == 1
+
+
+def test_positions_are_half_the_frames_that_the_features_have():
+    for samples in (1_600, 16_000, 33_333, 100_001, 480_000):
+        frames = audio.num_frames(samples)
+        assert abs(batching.positions(samples / audio.SAMPLE_RATE) - frames / 2) <= 0.5
+
+
+def test_a_decoding_window_depends_on_the_clip_alone():
+    for batch_seconds in (10.0, 300.0):
+        batches = batching.decode_plan(SECONDS, batch_seconds=batch_seconds, context="auto")
+        clips = [clip for batch in batches for clip in batch.clips]
+        assert sorted(clips) == list(range(len(SECONDS)))
+        for batch in batches:
+            own = {batching.decode_context(SECONDS[clip], "auto") for clip in batch.clips}
+            assert own == {batch.context}
+
+
+def test_a_decoding_window_leaves_the_margin_that_keeps_base_models_from_looping():
+    for seconds in SECONDS:
+        context = batching.decode_context(seconds, "auto")
+        assert context >= batching.positions(seconds) + batching.DECODE_MARGIN
+        assert context >= batching.DECODE_FLOOR
+    assert batching.decode_context(29.0, "auto") == batching.FULL_CONTEXT

@@ -1,0 +1,156 @@
+"""Evaluation: one corpus score whatever the number of processes, and reports that hide nothing."""
+
+import json
+import shutil
+
+import launch
+import pytest
+import torch
+
+import eval_wer
+import train_lora
+from common import cli
+from common.dataset import load_prepared
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, prepared, tmp_path_factory):
+    """An adapter trained far enough to change what the random base says."""
+    run = tmp_path_factory.mktemp("run")
+    config = train_lora.Config(
+        model=str(checkpoint), data_dir=str(prepared), output_dir=str(run), max_steps=30,
+        global_batch_size=7, learning_rate=2e-2, lora_targets="q_proj,v_proj,fc1,fc2",
+        lora_rank=8, eval_every=1000, num_workers=0,
+    )  # fmt: skip
+    train_lora.main(config)
+    return run / "adapter"
+
+
+@pytest.fixture
+def options(checkpoint, prepared, adapter, tmp_path):
+    return {
+        "model": str(checkpoint),
+        "adapter": str(adapter),
+        "data_dir": str(prepared),
+        "compare_base": True,
+        "output_dir": str(tmp_path / "wer"),
+        "num_workers": 0,
+    }
+
+
+def evaluate(options):
+    eval_wer.main(eval_wer.Config(**options))
+    return json.loads(read(options, "wer.json"))
+
+
+def read(options, name):
+    return launch.Path(options["output_dir"], name).read_text(encoding="utf-8")
+
+
+def scores(result):
+    """Everything but the clocks and the recipe."""
+    clocks = ("wall_seconds", "real_time_factor")
+    return {
+        name: {key: value for key, value in result[name].items() if key not in clocks}
+        for name in ("base", "adapter")
+    }
+
+
+def test_base_and_adapter_are_scored_on_the_same_clips(options, prepared):
+    result = evaluate(options)
+    references = load_prepared(str(prepared))[0]["test"]
+    words = sum(len(text.split()) for text in references["text"])
+    for name in ("base", "adapter"):
+        assert result[name]["clips"] == len(references)
+        assert set(result[name]["normalisers"]) == {"raw", "keep_marks", "whisper_basic"}
+        assert result[name]["normalisers"]["raw"]["words"]["reference_length"] == words
+        assert result[name]["real_time_factor"] > 0
+        assert len(result[name]["worst"]) == len(references)
+    base, tuned = (result[name]["normalisers"]["raw"]["cer"] for name in ("base", "adapter"))
+    assert base != tuned
+    assert result["recipe"]["config"]["model"] == options["model"]
+
+
+def test_predictions_hold_every_clip_and_both_texts(options, prepared):
+    evaluate(options)
+    rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
+    test = load_prepared(str(prepared))[0]["test"]
+    assert [row["id"] for row in rows] == test["id"]
+    assert [row["text"] for row in rows] == test["text"]
+    assert all({"base", "adapter", "base_hit_cap", "adapter_hit_cap"} <= set(row) for row in rows)
+
+
+@pytest.mark.parametrize("context", ["auto", "full"])
+def test_the_score_is_bit_equal_for_any_batch_size(options, context):
+    large = scores(evaluate(options | {"context": context}))
+    small = scores(evaluate(options | {"context": context, "batch_seconds": 1.0}))
+    assert small == large
+
+
+@pytest.mark.slow
+def test_the_score_is_bit_equal_for_two_processes(options, tmp_path):
+    one = scores(evaluate(options))
+    two = options | {"output_dir": str(tmp_path / "two")}
+    done = launch.run("eval_wer.py", two, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert scores(json.loads(read(two, "wer.json"))) == one
+
+
+def test_beams_give_a_score_that_does_not_depend_on_the_batch_either(options):
+    beams = options | {"num_beams": 3}
+    assert scores(evaluate(beams)) == scores(evaluate(beams | {"batch_seconds": 1.0}))
+
+
+def test_clips_that_hit_their_cap_are_counted(options, prepared):
+    result = evaluate(options)
+    rate = json.loads((prepared / "preprocess.json").read_text())["tokens_per_second"]["p999"]
+    assert eval_wer.token_cap(2.0, rate) == int(-(-2.0 * rate * 1.25 // 1)) + 16
+    assert eval_wer.token_cap(30.0, 100.0) == 444, "the decoder has 448 positions, 4 are the prompt"
+    rows = read(options, "predictions.jsonl").splitlines()
+    hits = sum(json.loads(row)["base_hit_cap"] for row in rows)
+    assert result["base"]["clips_at_cap"] == hits > 0, "a random model loops"
+
+
+def test_merging_is_done_in_float32_before_the_weights_are_converted(checkpoint, adapter):
+    device = torch.device("cpu")
+    wide = eval_wer.load_for_decoding(
+        str(checkpoint), str(adapter), dtype=torch.float32, device=device
+    )
+    narrow = eval_wer.load_for_decoding(
+        str(checkpoint), str(adapter), dtype=torch.bfloat16, device=device
+    )
+    for name, weight in wide.state_dict().items():
+        assert torch.equal(weight.bfloat16(), narrow.state_dict()[name]), name
+
+
+def test_a_full_checkpoint_is_scored_without_adapter(options):
+    result = evaluate(options | {"adapter": "", "compare_base": False})
+    assert set(result) == {"base", "recipe"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"adapter": "nowhere"}, "--adapter nowhere: no such folder"),
+        ({"data_dir": "nowhere"}, "--data_dir nowhere"),
+        ({"split": "dev"}, "--split dev: "),
+        ({"adapter": ""}, "--compare_base true needs an adapter"),
+        ({"batch_seconds": 0.0}, "--batch_seconds 0.0: give a positive number"),
+    ],
+)
+def test_each_mistake_names_option_value_and_remedy(options, wrong, message):
+    with pytest.raises(cli.UserError) as error:
+        evaluate(options | wrong)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not launch.Path(options["output_dir"]).exists()
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(options, tmp_path):
+    copy = launch.Path(shutil.copytree(options["adapter"], tmp_path / "other"))
+    made = json.loads((copy / "recipe.json").read_text())
+    made["base_probe"] = [value + 0.5 for value in made["base_probe"]]
+    (copy / "recipe.json").write_text(json.dumps(made))
+    with pytest.raises(cli.UserError, match=r"--adapter .* whose weights are not those of --model"):
+        evaluate(options | {"adapter": str(copy)})

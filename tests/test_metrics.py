@@ -1,0 +1,102 @@
+"""Scores: what each normaliser keeps, and counts that are of the corpus."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from common import metrics
+
+TABLE = [  # text, keep_marks, whisper_basic
+    ("नमस्कार, कसं काय?", "नमस्कार कसं काय", "नमस क र कस क य"),
+    ("हिंदी । मराठी", "हिंदी मराठी", "ह द मर ठ"),
+    ("สวัสดี ครับ!", "สวัสดี ครับ", "สว สด คร บ"),
+    ("السَّلامُ عليكم؟", "السَّلامُ عليكم", "الس لام عليكم"),
+    ("Hello, World! It's 5%", "hello world it s 5", "hello world it s 5"),
+    ("  two\t spaces\n", "two spaces", "two spaces"),
+]
+
+
+@pytest.mark.parametrize(("text", "kept", "basic"), TABLE)
+def test_normalisers_on_scripts(text, kept, basic):
+    assert metrics.keep_marks(text) == kept
+    assert metrics.whisper_basic(text) == basic
+    assert metrics.raw(text) == " ".join(text.split())
+
+
+def test_only_the_mark_keeping_normaliser_sees_a_wrong_vowel_sign():
+    pair = {"references": ["की"], "predictions": ["का"]}
+    assert metrics.ErrorRate("keep_marks").compute(**pair)["wer"] == 100.0
+    assert metrics.ErrorRate("whisper_basic").compute(**pair)["wer"] == 0.0, "it flatters"
+
+
+def test_composed_and_decomposed_spellings_are_one_text():
+    assert metrics.keep_marks("\u0915\u093c") == metrics.keep_marks("\u0958")
+    assert metrics.keep_marks("e\u0301") == metrics.keep_marks("\u00e9")
+
+
+def test_english_normaliser_knows_numbers_contractions_and_a_spelling_table():
+    text = "Mr. Neil can't pay twenty-one dollars for colour"
+    expected = "mister neil can not pay $21 for color"
+    assert metrics.whisper_english(text, {"colour": "color"}) == expected
+
+
+def test_the_english_normaliser_is_reported_for_english_alone():
+    assert "whisper_english" in metrics.normalisers_for(["en", "en"])
+    assert "whisper_english" not in metrics.normalisers_for(["en", "mr"])
+    assert len(metrics.NORMALISERS) == 4
+
+
+def test_counts_equal_the_least_number_of_edits_found_by_trying_all():
+    def distance(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(
+            distance(a[1:], b[1:]) + (a[0] != b[0]),
+            distance(a[1:], b) + 1,
+            distance(a, b[1:]) + 1,
+        )
+
+    texts = [" ".join(words) for n in range(4) for words in itertools.product("ab", repeat=n)]
+    for reference, hypothesis in itertools.product(texts, texts):
+        counts = metrics.count_errors(reference, hypothesis, "word")
+        assert counts.errors == distance(reference.split(), hypothesis.split())
+        length = len(hypothesis.split())
+        assert counts.reference_length + counts.insertions - counts.deletions == length
+
+
+def test_a_corpus_rate_is_errors_over_words_and_no_mean_of_rates():
+    references, predictions = ["a b c d e f g h i", "a"], ["a b c d e f g h i", "b"]
+    result = metrics.ErrorRate("raw").compute(references=references, predictions=predictions)
+    assert result["wer"] == 10.0, "the mean of the clips' rates would be 50"
+    assert result["words"] == {
+        "substitutions": 1,
+        "deletions": 0,
+        "insertions": 0,
+        "reference_length": 10,
+    }
+
+
+def test_an_empty_reference_counts_its_insertions():
+    result = metrics.ErrorRate("raw").compute(references=["", "a"], predictions=["x y", "a"])
+    assert result["words"]["insertions"] == 2
+    assert result["wer"] == 200.0
+
+
+def test_metrics_have_the_same_counts_as_the_plain_functions():
+    references, predictions = ["एक दोन तीन"], ["एक तीन तीन चार"]
+    result = metrics.ErrorRate("raw").compute(references=references, predictions=predictions)
+    counts = metrics.count_corpus(references, predictions, "char")
+    assert result["cer"] == counts.rate
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_metrics_import_no_torch_of_their_own():
+    code = (
+        "import sys, types; sys.modules['evaluate'] = types.SimpleNamespace(Metric=object, "
+        "MetricInfo=object); import common.metrics; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,340 @@
+"""Training: the same losses however the batch is cut, exact resume, and what a run leaves."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import launch
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import WhisperForConditionalGeneration
+
+import eval_wer
+import preprocess
+import train_lora
+from common import cli, whisper
+from common.batching import MicroBatch
+from common.collator import load_batches
+from common.dataset import label_lengths, load_prepared
+
+SMALL = {
+    "max_steps": 6,
+    "global_batch_size": 4,
+    "log_every": 1,
+    "save_every": 2,
+    "eval_every": 3,
+    "lora_rank": 4,
+    "lora_alpha": 8,
+    "num_workers": 0,
+}
+
+
+@pytest.fixture
+def options(checkpoint, prepared, tmp_path):
+    folders = {"model": checkpoint, "data_dir": prepared, "output_dir": tmp_path / "run"}
+    return {name: str(path) for name, path in folders.items()} | SMALL
+
+
+def train(options):
+    train_lora.main(train_lora.Config(**options))
+
+
+def records(options, key):
+    text = launch.Path(options["output_dir"], "metrics.jsonl").read_text(encoding="utf-8")
+    return {one["step"]: one[key] for one in map(json.loads, text.splitlines()) if key in one}
+
+
+def read_json(options, name):
+    return json.loads(launch.Path(options["output_dir"], name).read_text(encoding="utf-8"))
+
+
+def adapter(options, name="adapter"):
+    return load_file(f"{options['output_dir']}/{name}/adapter_model.safetensors")
+
+
+@pytest.fixture
+def finished(options):
+    train(options)
+    return options
+
+
+# ------ loss
+
+
+def test_the_loss_is_the_same_for_every_accumulation(options, tmp_path):
+    runs = []
+    for clips in (4, 2, 1):
+        seconds = clips * 30.0
+        own = options | {
+            "output_dir": str(tmp_path / f"of{clips}"),
+            "max_batch_seconds": seconds,
+            "context": "full",
+            "lora_dropout": 0.0,
+        }
+        train(own)
+        runs.append(list(records(own, "loss").values()))
+    assert np.allclose(runs[0], runs[1], rtol=1e-5), runs
+    assert np.allclose(runs[0], runs[2], rtol=1e-5), runs
+
+
+@pytest.mark.slow
+def test_the_loss_is_the_same_with_two_processes(options, tmp_path):
+    one = options | {"lora_dropout": 0.0, "global_batch_size": 3}  # 3: the ranks' shares differ
+    train(one)
+    two = one | {"output_dir": str(tmp_path / "two")}
+    done = launch.run("train_lora.py", two, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert read_json(two, "train.json")["processes"] == 2
+    for key in ("loss", "eval_loss", "grad_norm"):
+        expected, got = records(one, key), records(two, key)
+        assert expected.keys() == got.keys()
+        difference = [abs(got[step] / expected[step] - 1) for step in expected]
+        assert max(difference) < 1e-4, f"{key} differs by {max(difference)}"
+    assert records(one, "wer_raw") == records(two, "wer_raw")
+
+
+def test_the_summed_loss_over_tokens_is_the_models_own_mean(checkpoint, prepared):
+    train_split = load_prepared(str(prepared))[0]["train"]
+    model = whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
+    longest = int(label_lengths(train_split)[:3].max()) - 1
+    batches = [MicroBatch((0, 1, 2), 400, longest)]
+    (inputs,) = load_batches(train_split, batches, eval_wer.collator_for(model), num_workers=0)
+    with torch.no_grad():
+        own = train_lora.token_loss_sum(model, dict(inputs)) / (inputs["labels"] != -100).sum()
+        stock = model(input_features=inputs["input_features"], labels=inputs["labels"]).loss
+    assert own.item() == pytest.approx(stock.item(), rel=1e-5)
+
+
+def test_one_batch_can_be_learnt_by_heart(options, checkpoint, tmp_path):
+    source = tiny.make_corpus(tmp_path / "source", clips={"train": 3})
+    data = tmp_path / "data"
+    preprocess.main(
+        preprocess.Config(
+            source=str(source),
+            language="mr",
+            model=str(checkpoint),
+            output_dir=str(data),
+            num_workers=1,
+        )
+    )
+    train(
+        options
+        | {
+            "data_dir": str(data),
+            "max_steps": 100,
+            "global_batch_size": 3,
+            "learning_rate": 3e-2,
+            "lora_targets": "q_proj,k_proj,v_proj,out_proj,fc1,fc2",
+            "lora_rank": 16,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+            "save_every": 1000,
+        }
+    )
+    losses = records(options, "loss")
+    assert losses[100] < 0.1 * losses[1], losses
+
+
+# ------ schedule
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    for schedule in ("linear", "cosine"):
+        config = train_lora.Config(learning_rate=2.0, warmup_ratio=0.1, schedule=schedule)
+        rates = [train_lora.learning_rate(step, config, 100) for step in range(101)]
+        assert rates[9] == rates[10] == 2.0
+        assert rates[4] == pytest.approx(1.0)
+        assert rates[55] == pytest.approx(1.0)
+        assert rates[100] == pytest.approx(0.0)
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# ------ what a run leaves
+
+
+def test_only_the_adapter_changes(finished, checkpoint):
+    names = adapter(finished)
+    assert names
+    assert all("lora_" in name for name in names)
+    stock = WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(stock, f"{finished['output_dir']}/adapter")
+    base = WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    for name, weight in base.state_dict().items():
+        kept = tuned.get_base_model().state_dict()
+        assert torch.equal(kept.get(name, kept.get(_wrapped(name))), weight), name
+    assert any(value.abs().max() > 0 for name, value in names.items() if "lora_B" in name)
+
+
+def _wrapped(name):
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.base_layer.{last}"
+
+
+def test_checkpoints_hold_no_base_and_only_the_newest_are_kept(finished):
+    folder = launch.Path(finished["output_dir"]) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
+    for path in folder.iterdir():
+        assert {file.name for file in path.iterdir()} == {
+            "adapter.safetensors",
+            "optimizer.safetensors",
+            "state.json",
+        }
+        assert all("lora_" in name for name in load_file(path / "adapter.safetensors"))
+
+
+def test_the_recipe_and_the_window_lie_beside_the_adapter(finished):
+    for name in ("adapter", "adapter_best"):
+        made = read_json(finished, f"{name}/recipe.json")
+        assert made["window"]["train_margin"] == [32, 160]
+        assert made["config"]["lora_rank"] == 4
+        assert made["versions"]["peft"]
+        assert "commit" in made
+
+
+def test_the_best_adapter_is_that_of_the_lowest_validation_loss(finished):
+    losses = records(finished, "eval_loss")
+    best = read_json(finished, "train.json")["best"]
+    assert best["step"] == min((step for step in losses if step), key=losses.get)
+    made = read_json(finished, "adapter_best/recipe.json")
+    assert made["step"] == best["step"]
+
+
+def test_tensorboard_holds_the_curves_and_texts(finished):
+    events = EventAccumulator(f"{finished['output_dir']}/tensorboard").Reload()
+    expected = {
+        "loss", "grad_norm", "learning_rate", "clips_per_second", "audio_seconds_per_second",
+        "data_wait_share", "eval_loss", "wer_raw", "cer_keep_marks",
+    }  # fmt: skip
+    assert expected <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("loss")) == SMALL["max_steps"]
+    assert any("predictions" in tag for tag in events.Tags()["tensors"])
+
+
+def test_a_logged_step_is_one_line_of_stable_keys(finished, capsys):
+    train(finished | {"resume": "never"})
+    lines = [line for line in capsys.readouterr().out.splitlines() if " loss=" in line]
+    assert len(lines) == SMALL["max_steps"]
+    keys = [pair.split("=")[0] for pair in lines[0].split()]
+    assert keys == [
+        "step", "epoch", "loss", "grad_norm", "learning_rate", "clips_per_second",
+        "audio_seconds_per_second", "data_wait_share",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"quantize": "int8"},
+        {"quantize": "nf4"},
+        {"precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"schedule": "cosine"},
+    ],
+)
+def test_each_way_to_hold_the_base_trains(options, extra):
+    train(options | {"max_steps": 2, "eval_every": 100} | extra)
+    assert all(math.isfinite(loss) for loss in records(options, "loss").values())
+    moved = [value for name, value in adapter(options).items() if "lora_B" in name]
+    assert all(value.dtype == torch.float32 for value in moved)
+    assert all(value.abs().max() > 0 for value in moved)
+
+
+def test_checkpointing_changes_memory_and_not_the_loss(options, tmp_path):
+    train(options)
+    other = options | {"gradient_checkpointing": True, "output_dir": str(tmp_path / "other")}
+    train(other)
+    expected, got = records(options, "loss"), records(other, "loss")
+    assert np.allclose(list(expected.values()), list(got.values()), rtol=1e-5)
+
+
+# ------ resume
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_losses_and_the_same_adapter(options, tmp_path):
+    whole = options | {"max_steps": 40, "log_every": 3, "eval_every": 10, "save_every": 7}
+    train(whole)
+    cut = whole | {"output_dir": str(tmp_path / "cut")}
+    words = [word for key, value in cut.items() for word in (f"--{key}", str(value))]
+    process = subprocess.Popen([sys.executable, "train_lora.py", *words], cwd=launch.ROOT)
+    checkpoints = launch.Path(cut["output_dir"]) / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*/state.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+
+    train(cut)
+    for key in ("loss", "grad_norm", "eval_loss", "wer_raw"):
+        assert records(cut, key) == records(whole, key), key
+    for name in ("adapter", "adapter_best"):
+        expected, got = adapter(whole, name), adapter(cut, name)
+        assert all(torch.equal(expected[key], got[key]) for key in expected), name
+
+
+def test_a_resumed_run_takes_up_losses_since_the_last_log_line(options, tmp_path):
+    whole = options | {"log_every": 3, "eval_every": 100}
+    train(whole)
+    cut = whole | {"output_dir": str(tmp_path / "cut")}
+    train(cut)
+    folder = launch.Path(cut["output_dir"])
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")  # as if killed after step 4
+    train(cut)
+    assert records(cut, "loss") == records(whole, "loss")
+    assert all(torch.equal(adapter(whole)[key], value) for key, value in adapter(cut).items())
+
+
+def test_other_options_are_refused_by_name_and_never_starts_anew(finished):
+    with pytest.raises(cli.UserError, match=r"--learning_rate 0\.5 \(was 0\.001\)"):
+        train(finished | {"learning_rate": 0.5})
+    train(finished | {"learning_rate": 0.5, "resume": "never"})
+    assert max(records(finished, "learning_rate").values()) == 0.5
+
+
+# ------ errors
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"data_dir": "nowhere"}, "--data_dir nowhere"),
+        ({"model": "nowhere/at-all"}, "--model nowhere/at-all"),
+        ({"lora_targets": "q_proj,zz"}, "--lora_targets q_proj,zz: zz is not in Whisper"),
+        ({"num_epochs": 0}, "--num_epochs 0: give a positive number"),
+        ({"warmup_ratio": 1.5}, "--warmup_ratio 1.5: give a share"),
+        ({"precision": "fp16"}, "--precision fp16: needs a GPU"),
+    ],
+)
+def test_each_mistake_names_option_value_and_remedy(options, wrong, message):
+    with pytest.raises(cli.UserError) as error:
+        train(options | wrong)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not launch.Path(options["output_dir"]).exists(), "nothing half-written"
+
+
+def test_labels_of_another_tokenizer_are_refused(options, prepared, tmp_path):
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    made = json.loads((copy / "preprocess.json").read_text())
+    made["tokenizer_fingerprint"] = "0" * 16
+    (copy / "preprocess.json").write_text(json.dumps(made))
+    with pytest.raises(cli.UserError, match=r"labels were made by the tokenizer of .* preprocess"):
+        train(options | {"data_dir": str(copy)})
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_clips(
+    options, monkeypatch
+):
+    stock = train_lora.token_loss_sum
+    monkeypatch.setattr(train_lora, "token_loss_sum", lambda *a: stock(*a) * math.inf)
+    with pytest.raises(cli.UserError, match=r"norm is nan in step 1 \(clips .*train_0"):
+        train(options | {"eval_every": 1000})

@@ -1,0 +1,147 @@
+"""The model: stock results at 30 seconds, short windows, LoRA, merging, token caps."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import WhisperForConditionalGeneration
+
+from common import cli, whisper
+
+
+@pytest.fixture
+def base(checkpoint):
+    return whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def adapted(base):
+    """A LoRA model whose adapter is not zero, as after training."""
+    torch.manual_seed(1)
+    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def features(clips=3, frames=600):
+    return torch.randn(clips, 80, frames, generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, inputs):
+    tokens = torch.tensor([[257, 300, 5, 9]]).expand(len(inputs), -1)
+    with torch.no_grad():
+        return model(input_features=inputs, decoder_input_ids=tokens).logits
+
+
+def test_the_encoder_is_bit_identical_to_stock_at_the_full_window(base, checkpoint):
+    stock = WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    inputs = features(2, 3000)
+    assert torch.equal(logits(base, inputs), logits(stock, inputs))
+    assert base.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_a_short_window_is_the_stock_encoder_with_a_shorter_position_table(base, checkpoint):
+    stock = WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    encoder = stock.model.encoder
+    encoder.config.max_source_positions = 300
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(
+        encoder.embed_positions.weight[:300]
+    )
+    inputs = features(2, 600)
+    with torch.no_grad():
+        expected = encoder(inputs).last_hidden_state
+        got = base.model.encoder(inputs).last_hidden_state
+    assert got.shape == (2, 300, 64)
+    assert torch.equal(got, expected)
+
+
+def test_merged_and_unmerged_adapters_decode_the_same_tokens(adapted):
+    options = {"languages": ["mr"] * 3, "task": "transcribe", "caps": [12, 20, 30]}
+    unmerged = whisper.decode(adapted.get_base_model(), features(), **options)
+    with whisper.merged(adapted) as plain:
+        assert whisper.decode(plain, features(), **options) == unmerged
+
+
+def test_merging_for_a_while_gives_the_weights_back_bit_for_bit(adapted):
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    with whisper.merged(adapted):
+        pass
+    after = adapted.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_saved_adapter_gives_the_same_logits_in_plain_peft(adapted, checkpoint, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    stock = WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(stock, tmp_path).eval()
+    inputs = features(2, 3000)
+    assert torch.equal(logits(plain, inputs), logits(adapted, inputs))
+
+
+def test_only_lora_parameters_are_trainable(adapted):
+    trainable = [name for name, one in adapted.named_parameters() if one.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_each_clip_ends_at_its_own_cap_whatever_its_neighbours_may_take(base, num_beams):
+    options = {"task": "transcribe", "num_beams": num_beams}
+    together = whisper.decode(
+        base, features(), languages=["mr", "mr", "mr"], caps=[3, 7, 25], **options
+    )
+    alone = [
+        whisper.decode(base, features()[i : i + 1], languages=["mr"], caps=[cap], **options)[0]
+        for i, cap in enumerate([3, 7, 25])
+    ]
+    assert together == alone
+    assert [len(tokens) for tokens in together] == [3, 7, 25], "a random model never ends early"
+
+
+def test_stock_generate_on_padded_features_gives_the_same_tokens(base, checkpoint):
+    stock = WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    inputs = features(2, 3000)
+    expected = stock.generate(inputs, language="mr", task="transcribe", max_new_tokens=15)
+    got = whisper.decode(base, inputs, languages=["mr"] * 2, task="transcribe", caps=[15, 15])
+    assert got == expected.tolist()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_quantised_base_trains_its_adapter_in_float32(checkpoint, quantize):
+    base = whisper.load_base(str(checkpoint), dtype=torch.float32, quantize=quantize)
+    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0)
+    kinds = {type(m).__name__ for m in base.modules() if "Linear" in type(m).__name__}
+    assert any(kind in kinds for kind in ("Linear8bitLt", "Linear4bit")), kinds
+
+    tokens = torch.tensor([[257, 300, 5, 9]]).expand(2, -1)
+    model(input_features=features(2), decoder_input_ids=tokens).logits.float().sum().backward()
+    grads = [one.grad for name, one in model.named_parameters() if "lora_B" in name]
+    assert all(grad.dtype == torch.float32 and grad.abs().sum() > 0 for grad in grads)
+    whisper.decode(base.eval(), features(1), languages=["mr"], task="transcribe", caps=[3])
+
+
+def test_a_model_that_is_not_there_is_a_user_error_naming_the_option(tmp_path):
+    with pytest.raises(cli.UserError, match=r"--model nobody/nothing: .*spelling"):
+        whisper.load_base("nobody/nothing", dtype=torch.float32)
+    with pytest.raises(cli.UserError, match=r"no config\.json"):
+        whisper.load_base(str(tmp_path), dtype=torch.float32)
+
+
+def test_an_adapter_that_does_not_fit_is_a_user_error(adapted, tmp_path, tmp_path_factory):
+    import tiny
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    wider = tiny.make_checkpoint(tmp_path_factory.mktemp("wider"), width=96)
+    base = whisper.load_base(str(wider), dtype=torch.float32)
+    with pytest.raises(cli.UserError, match=r"--adapter .* does not fit --model"):
+        whisper.load_adapter(base, str(tmp_path / "adapter"))
+    with pytest.raises(cli.UserError, match="no LoRA adapter there"):
+        whisper.load_adapter(base, str(tmp_path))
+
+
+def test_probes_tell_bases_apart_but_not_precisions(base, tmp_path_factory):
+
+    probe = whisper.base_probe(base)
+    assert whisper.same_base(probe, whisper.base_probe(base.to(torch.bfloat16)))
+    assert not whisper.same_base(probe, [value + 0.3 for value in probe])

@@ -1,0 +1,124 @@
+"""Small stand-ins made on the spot: a random Whisper with a tokenizer of its own, and a corpus."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, WhisperTokenizer
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 signs, one a byte
+SPECIALS = [
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    *(f"<|{code}|>" for code in list(LANGUAGES)[:99]),
+    "<|translate|>",
+    "<|transcribe|>",
+    "<|startoflm|>",
+    "<|startofprev|>",
+    "<|nospeech|>",
+    "<|notimestamps|>",
+]
+END = len(BYTES)
+START = END + 1
+WORDS = ["एक", "दोन", "तीन", "चार", "पाच", "सहा", "सात", "आठ", "घर", "पाणी", "शाळा", "नदी"]
+
+
+def make_tokenizer(folder: Path) -> WhisperTokenizer:
+    """A byte-level Whisper tokenizer: 256 bytes, then the special tokens in the real order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {sign: at for at, sign in enumerate(BYTES)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIALS])
+    file = folder / "tokenizer.json"
+    tokenizer.save(str(file))
+    end = "<|endoftext|>"
+    config = {
+        "tokenizer_class": "WhisperTokenizer",
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
+        "unk_token": end,
+        "model_max_length": 1024,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return WhisperTokenizer.from_pretrained(folder)
+
+
+def make_checkpoint(folder: Path, *, seed: int = 0, width: int = 64, layers: int = 2) -> Path:
+    """A random multilingual Whisper with the full 30-second window; the same for the same seed."""
+    tokenizer = make_tokenizer(folder)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=END + len(SPECIALS),
+            num_mel_bins=80,
+            d_model=width,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=2 * width,
+            decoder_ffn_dim=2 * width,
+            bos_token_id=END,
+            eos_token_id=END,
+            pad_token_id=END,
+            decoder_start_token_id=START,
+            init_std=0.3,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        bos_token_id=END,
+        eos_token_id=END,
+        pad_token_id=END,
+        decoder_start_token_id=START,
+        max_length=448,
+        is_multilingual=True,
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        lang_to_id={name: at for name, at in ids.items() if name[2:-2] in LANGUAGES},
+        task_to_id={task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+        return_timestamps=False,
+    )
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return folder
+
+
+def tone(seconds: float, *, pitch: float, seed: int = 0) -> np.ndarray:
+    """A decaying tone in a little noise, float32 (N,) at 16 kHz."""
+    random = np.random.default_rng(seed)
+    t = np.arange(round(seconds * 16_000)) / 16_000
+    wave = 0.4 * np.sin(2 * np.pi * pitch * t) * np.exp(-t) + 0.01 * random.standard_normal(len(t))
+    return wave.astype(np.float32)
+
+
+def make_corpus(
+    folder: Path, *, clips: dict[str, int], speakers: int = 3, longest: float = 3.0, seed: int = 0
+) -> Path:
+    """A manifest of tones with random Marathi words: `folder/clips.csv`, split as `clips` says."""
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["path,text,split,speaker"]
+    for split, number in clips.items():
+        for i in range(number):
+            name = f"{split}_{i:03d}.wav"
+            seconds = random.uniform(1.0, longest)
+            wave = tone(seconds, pitch=random.uniform(100, 400), seed=int(random.integers(2**31)))
+            soundfile.write(folder / name, wave, 16_000)
+            text = " ".join(random.choice(WORDS, size=random.integers(1, 4)))
+            lines.append(f"{name},{text},{split},{split}{i % speakers}")
+    (folder / "clips.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "clips.csv"

@@ -1,0 +1,646 @@
+"""Fine-tune Whisper with LoRA on a folder that preprocess.py wrote: a hand-written training loop.
+
+    accelerate launch train_lora.py --model openai/whisper-large-v2 --data_dir prepared \\
+        --output_dir run --num_epochs 3
+
+Writes OUTPUT_DIR/adapter (plain PEFT), adapter_best, checkpoints, metrics.jsonl, tensorboard and
+train.json. Started again after any interruption it goes on where the last checkpoint was.
+
+Legend: B batch, M mel bins, F frames, T label tokens, V vocabulary.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+import eval_wer
+from common import batching, checkpoint, cli, labels, whisper
+from common.batching import Context, GlobalBatch, MicroBatch
+from common.collator import IGNORED, SpeechCollator, load_batches
+from common.dataset import column, label_lengths, load_prepared
+from common.files import write_json, write_text
+from common.memory import peak_memory_gib
+from common.recipe import recipe
+from eval_wer import DTYPES, Precision
+
+SANITY_BATCHES = 2  # validation batches run before training, to fail early
+SHOWN_TEXTS = 5  # validation texts shown in TensorBoard
+MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip while it finds its scale
+# Options that a resumed run may change: none of them changes what is computed, but for rounding.
+FREE_ON_RESUME = {
+    "data_dir", "output_dir", "resume", "num_workers", "log_every", "save_every",
+    "keep_checkpoints", "max_batch_seconds",
+}  # fmt: skip
+
+
+@dataclass
+class Config:
+    """Fine-tune Whisper with LoRA."""
+
+    # ------ what
+    model: str = "openai/whisper-small"  # base: folder or Hub id
+    data_dir: str = os.environ.get("SM_CHANNEL_TRAIN", "prepared")  # folder of preprocess.py
+    output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "run")  # adapter, checkpoints, logs
+    # ------ how long
+    num_epochs: int = 3  # passes over the training split
+    max_steps: int = 0  # optimizer steps, instead of --num_epochs; 0 goes by epochs
+    global_batch_size: int = 16  # clips an optimizer step, over all processes
+    max_batch_seconds: float = 240.0  # seconds of window a process computes at once
+    # ------ optimizer
+    learning_rate: float = 1e-3  # peak, reached after warm-up
+    warmup_ratio: float = 0.1  # share of all steps that the learning rate rises over
+    schedule: Literal["linear", "cosine"] = "linear"  # decay to zero after warm-up
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # gradients are clipped to it
+    # ------ adapter
+    lora_rank: int = 32  # rank of the update
+    lora_alpha: int = 64  # the update is scaled by alpha / rank
+    lora_targets: str = "q_proj,v_proj"  # of q_proj,k_proj,v_proj,out_proj,fc1,fc2
+    lora_dropout: float = 0.05  # on the update's input
+    # ------ base
+    quantize: whisper.Quantize = "none"  # int8 or nf4 hold the base in 8 or 4 bits, to fit
+    precision: Precision = "auto"  # fp32, bf16 or fp16; auto takes accelerate launch's setting
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    context: Context = "auto"  # window: auto follows the clips' length, full is 30 seconds
+    # ------ once in a while
+    eval_every: int = 100  # steps between validation losses
+    eval_clips: int = 128  # validation clips, the same at every time; 0 takes all
+    wer_every: int = 0  # steps between validation word error rates; 0 only at the end
+    save_every: int = 100  # steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints kept
+    log_every: int = 10  # steps between log lines
+    resume: Literal["auto", "never"] = "auto"  # auto goes on from the newest checkpoint
+    seed: int = 42  # of everything random
+    num_workers: int = 2  # processes that read audio ahead; 0 reads in the main one
+
+
+# ------ pure functions of the step
+
+
+def learning_rate(step: int, config: Config, total_steps: int) -> float:
+    """Rate of the optimizer step that follows `step` done ones: warm-up, then decay to zero."""
+    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    share = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * share
+
+
+def step_seed(config: Config, step: int, rank: int) -> int:
+    """Seed of all randomness in one step (dropout), so that a resumed run repeats it."""
+    return int(np.random.SeedSequence((config.seed, step, rank)).generate_state(1)[0])
+
+
+# ------ data
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of this process."""
+
+    number: int  # from 0
+    epoch: int
+    batch: GlobalBatch
+    num_tokens: int  # label tokens of the global batch, over all processes
+    pieces: Sequence[MicroBatch]  # of this process
+
+
+def plan_epoch(
+    config: Config, accelerator: Accelerator, seconds: np.ndarray, lengths: np.ndarray, epoch: int
+) -> list[Step]:
+    """All steps of an epoch. The number of processes changes only `pieces`."""
+    batches = batching.plan(
+        seconds,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        context=config.context,
+    )
+    return [
+        Step(
+            number=epoch * len(batches) + i,
+            epoch=epoch,
+            batch=batch,
+            num_tokens=int(lengths[list(batch.clips)].sum()),
+            pieces=batching.micro_batches(
+                batch,
+                rank=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                max_batch_seconds=config.max_batch_seconds,
+                label_lengths=lengths,
+            ),
+        )
+        for i, batch in enumerate(batches)
+    ]
+
+
+def load_steps(
+    config: Config,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    collate: SpeechCollator,
+    *,
+    first: int,
+    total: int,
+) -> Iterator[tuple[Step, Iterator[dict[str, torch.Tensor]]]]:
+    """Yield the steps from `first` up to `total` with an iterator over their collated pieces."""
+    seconds, lengths = column(dataset, "seconds"), label_lengths(dataset) - 1  # start token is cut
+    steps_per_epoch = math.ceil(len(dataset) / config.global_batch_size)
+    for epoch in range(first // steps_per_epoch, math.ceil(total / steps_per_epoch)):
+        planned = plan_epoch(config, accelerator, seconds, lengths, epoch)
+        steps = [step for step in planned if first <= step.number < total]
+        pieces = [piece for step in steps for piece in step.pieces]
+        collated = iter(load_batches(dataset, pieces, collate, num_workers=config.num_workers))
+        for step in steps:
+            yield step, (next(collated) for _ in step.pieces)
+
+
+# ------ loss
+
+
+def token_loss_sum(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy summed over the label tokens of a batch.
+
+    The model's own loss is the mean over a micro-batch, which weighs tokens by their company.
+
+    Args:
+        inputs: what SpeechCollator gives, on any device.
+    """
+    device = next(model.parameters()).device
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    targets = moved.pop("labels")
+    logits = model(**moved, use_cache=False).logits  # (B, T, V)
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+@torch.no_grad()
+def validation_loss(
+    accelerator: Accelerator,
+    model: whisper.PeftModel,
+    dataset: Dataset,
+    collate: SpeechCollator,
+    batches: Sequence[MicroBatch],
+) -> float:
+    """Mean loss of a label token over `batches`, which are shared out among the processes."""
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
+    model.eval()
+    for inputs in load_batches(dataset, mine, collate, num_workers=0):
+        sums[0] += token_loss_sum(model, inputs).item()
+        sums[1] += (inputs["labels"] != IGNORED).sum().item()
+    model.train()
+    loss, tokens = accelerator.reduce(sums.to(accelerator.device)).tolist()
+    return loss / tokens
+
+
+# ------ one step
+
+
+@dataclass
+class Totals:
+    """Sums since the last log line; rates are divided out of them once."""
+
+    loss: torch.Tensor  # of this process, on its device
+    tokens: int = 0
+    clips: int = 0
+    audio_seconds: float = 0.0
+    wait_seconds: float = 0.0  # of waiting for data
+    seconds: float = 0.0
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    collated: Iterator[dict[str, torch.Tensor]],
+    config: Config,
+    totals: Totals,
+) -> float:
+    """Forward and backward over a step's pieces, one optimizer step; adds to `totals`.
+
+    The gradient is that of the summed loss over the global batch's token count. DDP averages over
+    processes, hence the factor.
+
+    Returns:
+        The gradient norm before clipping; where that is not finite no step is taken.
+    """
+    torch.manual_seed(step_seed(config, step.number, accelerator.process_index))
+    for i in range(len(step.pieces)):
+        start = time.perf_counter()
+        inputs = next(collated)
+        totals.wait_seconds += time.perf_counter() - start
+        last = i == len(step.pieces) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss = token_loss_sum(model, inputs)
+            totals.loss += loss.detach()
+            accelerator.backward(loss * (accelerator.num_processes / step.num_tokens))
+    trainable = [one for group in optimizer.param_groups for one in group["params"]]
+    norm = float(accelerator.clip_grad_norm_(trainable, config.max_grad_norm))
+    if math.isfinite(norm) or accelerator.scaler is not None:  # the fp16 scaler skips by itself
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ------ main
+
+
+def check(config: Config) -> None:
+    """Refuse options that cannot be meant, all at once."""
+    problems = []
+    targets = config.lora_targets.split(",")
+    unknown = [target for target in targets if target not in whisper.LORA_TARGETS]
+    if unknown:
+        problems.append(
+            f"--lora_targets {config.lora_targets}: {','.join(unknown)} is not in Whisper: "
+            f"give some of {','.join(whisper.LORA_TARGETS)}"
+        )
+    for name in (
+        "num_epochs", "global_batch_size", "max_batch_seconds", "learning_rate", "lora_rank",
+        "lora_alpha", "max_grad_norm", "eval_every", "save_every", "keep_checkpoints", "log_every",
+    ):  # fmt: skip
+        if getattr(config, name) <= 0:
+            problems.append(f"--{name} {getattr(config, name)}: give a positive number")
+    for name in ("warmup_ratio", "lora_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            problems.append(f"--{name} {getattr(config, name)}: give a share from 0 up to 1")
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        problems.append("--precision fp16: needs a GPU: give fp32 or bf16")
+    if problems:
+        raise cli.UserError("; ".join(problems))
+
+
+def check_labels(
+    config: Config, tokenizer: PreTrainedTokenizerBase, prepared: dict[str, Any]
+) -> None:
+    """Refuse labels that this model's tokenizer did not write."""
+    if labels.tokenizer_fingerprint(tokenizer) == prepared["tokenizer_fingerprint"]:
+        return
+    raise cli.UserError(
+        f"--data_dir {config.data_dir}: its labels were made by the tokenizer of "
+        f"{prepared['config']['model']}, which is not that of --model {config.model}: "
+        f"run preprocess.py --model {config.model} into another folder"
+    )
+
+
+def find_checkpoint(config: Config, folder: Path, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Args:
+        identity: what a resumed run must share with the one that was interrupted.
+
+    Raises:
+        UserError: naming the options that differ.
+    """
+    found = checkpoint.complete(folder)
+    if not found or config.resume == "never":
+        return None
+    before = checkpoint.read_state(found[-1])["identity"]
+    changed = [
+        f"--{name} {identity.get(name)} (was {before.get(name)})"
+        for name in identity
+        if identity[name] != before.get(name)
+    ]
+    if changed:
+        raise cli.UserError(
+            f"--output_dir {config.output_dir}: holds a run with other options: "
+            f"{', '.join(changed)}: restore them, give another folder or --resume never"
+        )
+    return found[-1]
+
+
+def keep_records(path: Path, last_step: int) -> None:
+    """Drop the lines of metrics.jsonl that a resumed run will write again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no end
+    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def not_finite(step: Step, dataset: Dataset, norm: float) -> cli.UserError:
+    """The error that names the clips whose gradient is not finite."""
+    ids = ", ".join(str(dataset[clip]["id"]) for clip in step.batch.clips)
+    return cli.UserError(
+        f"--learning_rate: the gradient's norm is {norm} in step {step.number + 1} (clips {ids}); "
+        "no optimizer step was taken: lower the rate, use bf16 for fp16, or look at these clips"
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@dataclass
+class Run:
+    """What the occasional phases of a run need: evaluating, saving, logging."""
+
+    config: Config
+    accelerator: Accelerator
+    model: whisper.PeftModel  # unwrapped, but for mixed precision
+    optimizer: torch.optim.Optimizer
+    collate: SpeechCollator
+    tokenizer: PreTrainedTokenizerBase
+    validation: Dataset | None
+    prepared: dict[str, Any]  # preprocess.json
+    made: dict[str, Any]  # what lies beside each adapter: recipe, base, window
+    identity: dict[str, Any]
+    bar: tqdm
+    best: dict[str, float] | None = None  # step and eval_loss of adapter_best
+    last_record: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def log(self, record: dict[str, float]) -> None:
+        """One object in metrics.jsonl, one line of `key=value`, and TensorBoard, on rank 0."""
+        self.last_record |= record
+        step = int(record["step"])
+        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+        if not self.accelerator.is_main_process:
+            return
+        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        line = " ".join(f"{key}={_short(value)}" for key, value in record.items())
+        self.bar.write(line)
+
+    def validation_plan(self) -> list[MicroBatch]:
+        assert self.validation is not None
+        return batching.decode_plan(
+            column(self.validation, "seconds"),
+            batch_seconds=self.config.max_batch_seconds,
+            context=self.config.context,
+            label_lengths=label_lengths(self.validation) - 1,
+        )
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
+def evaluate_loss(run: Run, step: int) -> None:
+    """Log the validation loss; keep the adapter if it is the best so far."""
+    loss = validation_loss(
+        run.accelerator, run.model, run.validation, run.collate, run.validation_plan()
+    )
+    run.log({"step": step, "eval_loss": loss})
+    if step and (run.best is None or loss < run.best["eval_loss"]):
+        run.best = {"step": step, "eval_loss": loss}
+        save_adapter(run, "adapter_best", step)
+
+
+def evaluate_wer(run: Run, step: int) -> None:
+    """Log the validation word error rate, with a few texts for TensorBoard."""
+    accelerator = run.accelerator
+    run.model.eval()
+    with whisper.merged(run.model) as model:
+        mine = eval_wer.transcribe(
+            model,
+            run.tokenizer,
+            run.validation,
+            run.validation_plan()[accelerator.process_index :: accelerator.num_processes],
+            task=run.prepared["config"]["task"],
+            tokens_per_second=run.prepared["tokens_per_second"]["p999"],
+        )
+    run.model.train()
+    predictions = eval_wer.gather(mine)
+    rates = eval_wer.score(run.validation, predictions)["normalisers"]
+    record = {"step": step}
+    for name in ("raw", "keep_marks"):
+        record |= {f"wer_{name}": rates[name]["wer"], f"cer_{name}": rates[name]["cer"]}
+    run.log(record)
+    if accelerator.is_main_process:
+        shown = run.validation.select_columns(["id", "text"]).select(
+            range(min(SHOWN_TEXTS, len(run.validation)))
+        )
+        text = "\n\n".join(
+            f"{row['id']}  \n{row['text']}  \n{predictions[row['id']].text}" for row in shown
+        )
+        accelerator.get_tracker("tensorboard", unwrap=True).add_text("predictions", text, step)
+
+
+def save_adapter(run: Run, name: str, step: int) -> None:
+    """Write OUTPUT_DIR/NAME for plain PEFT, with its recipe, on rank 0."""
+    if run.accelerator.is_main_process:
+        checkpoint.save_adapter(run.output / name, run.model, run.made | {"step": step})
+
+
+def save_checkpoint(run: Run, step: int, totals: Totals) -> None:
+    """Write a checkpoint to go on from, on rank 0; the loss since the last log line with it."""
+    loss = run.accelerator.reduce(totals.loss.clone()).item()
+    scaler = run.accelerator.scaler
+    if not run.accelerator.is_main_process:
+        return
+    checkpoint.save(
+        run.output / "checkpoints",
+        step=step,
+        model=run.model,
+        optimizer=run.optimizer,
+        state={
+            "identity": run.identity,
+            "best": run.best,
+            "loss": loss,
+            "tokens": totals.tokens,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        },
+        keep=run.config.keep_checkpoints,
+    )
+
+
+def main(config: Config) -> None:
+    check(config)
+    whisper.quiet_libraries()
+    started = time.perf_counter()
+    output = Path(config.output_dir)
+    precision = {"auto": None, "fp32": "no"}.get(config.precision, config.precision)
+    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=output)
+    say, leader = accelerator.print, accelerator.is_main_process
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise cli.UserError("--precision auto: accelerate launch asks for fp16, which needs a GPU")
+
+    # ------ data
+    splits, prepared = load_prepared(config.data_dir)
+    if "train" not in splits:
+        raise cli.UserError(f"--data_dir {config.data_dir}: has no train split: prepare one")
+    train, validation = splits["train"], splits.get("validation")
+    if validation is not None and config.eval_clips:
+        chosen = np.random.default_rng(config.seed).permutation(len(validation))
+        validation = validation.select(sorted(chosen[: config.eval_clips].tolist()))
+    tokenizer = labels.load_tokenizer(config.model)
+    check_labels(config, tokenizer, prepared)
+    seconds = column(train, "seconds")
+    steps_per_epoch = math.ceil(len(train) / config.global_batch_size)
+    total_steps = config.max_steps or config.num_epochs * steps_per_epoch
+
+    # ------ resume?
+    identity = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
+    identity |= {"train_clips": len(train), "labels": prepared["tokenizer_fingerprint"]}
+    found = find_checkpoint(config, output / "checkpoints", identity)
+    state = (
+        checkpoint.read_state(found)
+        if found
+        else {"step": 0, "best": None, "loss": 0.0, "tokens": 0}
+    )
+
+    # ------ model
+    held = DTYPES[{"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)]
+    base = whisper.load_base(
+        config.model, dtype=held, quantize=config.quantize, device=accelerator.device
+    )
+    made = recipe(config) | {
+        "base_probe": whisper.base_probe(base),
+        "window": batching.window_policy(config.context),
+    }
+    set_seed(config.seed)
+    adapted = whisper.add_lora(
+        base,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets.split(","),
+        dropout=config.lora_dropout,
+    )
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    trainable = [one for one in adapted.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    model, optimizer = accelerator.prepare(adapted, optimizer)
+    model.train()
+
+    # ------ run
+    if leader:
+        output.mkdir(parents=True, exist_ok=True)
+        if not found:
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        keep_records(output / "metrics.jsonl", state["step"] if found else -1)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(
+        "tensorboard", init_kwargs={"tensorboard": {"purge_step": state["step"] + 1}}
+    )
+    bar = tqdm(
+        total=total_steps, initial=state["step"], desc="training", dynamic_ncols=True,
+        disable=not (leader and sys.stderr.isatty()),
+    )  # fmt: skip
+    run = Run(
+        config, accelerator, adapted, optimizer, eval_wer.collator_for(base), tokenizer, validation,
+        prepared, made, identity, bar, state["best"],
+    )  # fmt: skip
+    say(
+        f"{len(train)} clips, {seconds.sum() / 3600:.2f} hours; {total_steps} steps of "
+        f"{config.global_batch_size} clips on {accelerator.num_processes} processes; "
+        f"{sum(one.numel() for one in trainable):,} trainable parameters; "
+        f"{accelerator.device.type}, {held}, base {config.quantize}"
+    )
+    totals = Totals(torch.zeros((), device=accelerator.device))
+    if found:
+        checkpoint.restore(found, adapted, optimizer)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        totals.loss += state["loss"] if leader else 0.0
+        totals.tokens = state["tokens"]
+        say(f"resumed at step {state['step']} from {found}")
+    elif validation is None:
+        say("no validation split: no validation loss, no adapter_best")
+    else:
+        validation_loss(
+            accelerator, adapted, validation, run.collate, run.validation_plan()[-SANITY_BATCHES:]
+        )
+        evaluate_loss(run, 0)
+
+    # ------ training
+    skipped = 0
+    steps = load_steps(
+        config, accelerator, train, run.collate, first=state["step"], total=total_steps
+    )
+    mark = time.perf_counter()
+    for step, collated in steps:
+        rate = learning_rate(step.number, config, total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        norm = train_step(accelerator, model, optimizer, step, collated, config, totals)
+        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        if skipped > MAX_SKIPPED_STEPS or not (math.isfinite(norm) or skipped):
+            raise not_finite(step, train, norm)
+        totals.tokens += step.num_tokens
+        totals.clips += len(step.batch.clips)
+        totals.audio_seconds += float(seconds[list(step.batch.clips)].sum())
+        totals.seconds += time.perf_counter() - mark
+        bar.update()
+
+        # ------ once in a while
+        done = step.number + 1
+        last = done == total_steps
+        if done % config.log_every == 0 or last:
+            loss = accelerator.reduce(totals.loss).item() / totals.tokens
+            bar.set_postfix(loss=f"{loss:.3f}", clips_s=f"{totals.clips / totals.seconds:.1f}")
+            run.log(
+                {
+                    "step": done,
+                    "epoch": done / steps_per_epoch,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "learning_rate": rate,
+                    "clips_per_second": totals.clips / totals.seconds,
+                    "audio_seconds_per_second": totals.audio_seconds / totals.seconds,
+                    "data_wait_share": totals.wait_seconds / totals.seconds,
+                }
+            )
+            totals = Totals(torch.zeros_like(totals.loss))
+        if validation is not None and (done % config.eval_every == 0 or last):
+            evaluate_loss(run, done)
+        if validation is not None and (_due(done, config.wer_every) or last):
+            evaluate_wer(run, done)
+        if done % config.save_every == 0 or last:
+            save_checkpoint(run, done, totals)
+        mark = time.perf_counter()
+
+    # ------ results
+    bar.close()
+    save_adapter(run, "adapter", total_steps)
+    # DDP holds the process group. Freed after it, gloo would wait, with Python's lock held, for a
+    # thread of its own that waits for that lock.
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    del model
+    accelerator.end_training()
+    if leader:
+        write_json(
+            output / "train.json",
+            {
+                "steps": total_steps,
+                "wall_seconds": time.perf_counter() - started,
+                "peak_memory_gib": peak_memory_gib(),
+                "processes": accelerator.num_processes,
+                "best": run.best,
+                "last": run.last_record,
+            }
+            | made,
+        )
+    say(f"adapter {output / 'adapter'}, figures {output / 'train.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
