@@ -56,6 +56,7 @@ class Config:
     max_seconds: float = 30.0  # longer clips are dropped; Whisper's window is 30 s
     min_seconds: float = 0.1  # shorter clips are dropped
     max_chars_per_second: float = 40.0  # more text is dropped as impossible; fast speech has 25
+    audio_bits: int = 13  # significant bits stored of a sample; 16 stores audio without loss
     forbid_text_overlap: bool = False  # drop held-out clips whose text is also in training
     test_fraction: float = 0.1  # of the clips, if the source has no test or validation split
     validation_fraction: float = 0.1  # likewise; a source that has one of them is not cut
@@ -91,6 +92,10 @@ def check(config: Config) -> None:
             not (min(config.test_fraction, config.validation_fraction) >= 0 and held_out < 1),
             f"--test_fraction {config.test_fraction} and --validation_fraction "
             f"{config.validation_fraction}: give 0 or more each, less than 1 together",
+        ),
+        (
+            not 8 <= config.audio_bits <= 16,
+            f"--audio_bits {config.audio_bits}: give 8 to 16",
         ),
         (not config.output_dir, "--output_dir is empty: give a folder"),
     ]

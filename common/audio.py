@@ -161,11 +161,35 @@ def to_pcm(samples: np.ndarray) -> np.ndarray:
     return np.clip((samples * 32768.0).round(), -32768, 32767).astype(np.int16)
 
 
+def keep_bits(pcm: np.ndarray, bits: int) -> np.ndarray:
+    """Round samples so that a clip's loudest takes `bits` significant bits; FLAC packs the rest.
+
+    The noise that 13 bits leave is 83 dB below the clip's peak; Whisper's features end 80 dB
+    below the loudest mel bin of the clip, and speech recorded anywhere but in a studio is noisier
+    than either. A quarter of the bytes go.
+
+    Args:
+        pcm: int16 (N,).
+        bits: 2 to 16, the sign included; 16 keeps every sample as it is.
+
+    >>> keep_bits(np.array([32_767, 100, 3], np.int16), 13).tolist()
+    [32760, 104, 0]
+    >>> keep_bits(np.array([4_000, 100, 3], np.int16), 13).tolist()
+    [4000, 100, 3]
+    """
+    peak = int(np.abs(pcm.astype(np.int32)).max(initial=0))
+    step = 1 << max(0, peak.bit_length() + 1 - bits)
+    rounded = (pcm.astype(np.int32) + step // 2) // step * step
+    return np.clip(rounded, -32768, 32768 - step).astype(np.int16)
+
+
 def encode_flac(samples: np.ndarray) -> bytes:
     """Encode float (N,), or what `to_pcm` made of it, at 16 kHz as 16-bit FLAC."""
     pcm = samples if samples.dtype == np.int16 else to_pcm(samples)
     buffer = io.BytesIO()
-    soundfile.write(buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(
+        buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0
+    )
     return buffer.getvalue()
 
 

@@ -51,6 +51,7 @@ class Checks:
     max_seconds: float
     min_seconds: float
     max_chars_per_second: float
+    audio_bits: int
 
 
 class DroppedError(Exception):
@@ -88,7 +89,7 @@ def prepare_clip(row: Row, checks: Checks, tokenizer: PreTrainedTokenizerBase) -
     seconds = len(pcm) / audio.SAMPLE_RATE
     return {
         **record,
-        "audio": audio.encode_flac(pcm),
+        "audio": audio.encode_flac(audio.keep_bits(pcm, checks.audio_bits)),
         "seconds": seconds,
         "pcm_hash": hash64(pcm.tobytes()),
     }

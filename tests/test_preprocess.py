@@ -104,7 +104,8 @@ def test_rows_hold_what_the_contract_says(tmp_path, model):
         {"path": "a.wav", "text": "  मराठी  भाषा ", "speaker": "s1"},
         {"path": "b.wav", "text": "two", "language": "English", "split": "test"},
     ]
-    report = run(manifest(tmp_path / "data", records), model, tmp_path / "out")
+    source = manifest(tmp_path / "data", records)
+    report = run(source, model, tmp_path / "out", audio_bits=16)
     loaded = load_from_disk(tmp_path / "out")
     assert set(loaded) == {"train", "test"}
     assert loaded["train"].features == dataset.FEATURES
