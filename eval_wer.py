@@ -28,6 +28,7 @@ from common.batching import Context, MicroBatch, decode_plan
 from common.collator import SpeechCollator, load_batches
 from common.dataset import column, load_prepared
 from common.files import write_json, write_text
+from common.memory import peak_memory_gib
 from common.progress import track
 from common.recipe import recipe
 
@@ -151,21 +152,27 @@ def gather(predictions: list[Prediction]) -> dict[str, Prediction]:
 # ------ scores
 
 
-def score(dataset: Dataset, predictions: dict[str, Prediction]) -> dict[str, Any]:
+def score(
+    dataset: Dataset, predictions: dict[str, Prediction], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Count errors over the corpus on the stored transcripts, under each normaliser.
 
     Args:
         predictions: one for each clip of `dataset`, by id.
+        tokenizer: may hold the spelling table of the English normaliser.
     """
     references = [str(text) for text in column(dataset, "text")]
     found = [predictions[str(clip_id)] for clip_id in column(dataset, "id")]
     texts = [one.text for one in found]
+    spelling = getattr(tokenizer, "english_spelling_normalizer", None)
     names = metrics.normalisers_for([str(code) for code in column(dataset, "language")])
     return {
         "clips": len(found),
         "clips_at_cap": sum(one.hit_cap for one in found),
         "normalisers": {
-            name: metrics.ErrorRate(name).compute(predictions=texts, references=references)
+            name: metrics.ErrorRate(name, spelling=spelling).compute(
+                predictions=texts, references=references
+            )
             for name in names
         },
     }
@@ -202,10 +209,19 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
             lines.append(
                 f"{rate.upper()} {normaliser:<18}" + "".join(f"{value:12.2f}" for value in values)
             )
-    for measure, form in (("clips_at_cap", "12d"), ("real_time_factor", "12.3f")):
+    lines += [_edits(systems, normaliser) for normaliser in first["normalisers"]]
+    last = (("clips_at_cap", "12d"), ("real_time_factor", "12.3f"), ("peak_memory_gib", "12.2f"))
+    for measure, form in last:
         values = (one[measure] for one in systems.values())
         lines.append(f"{measure:<22}" + "".join(f"{value:{form}}" for value in values))
     return "\n".join(lines)
+
+
+def _edits(systems: dict[str, dict[str, Any]], normaliser: str) -> str:
+    """Word substitutions + deletions + insertions of all systems."""
+    words = (one["normalisers"][normaliser]["words"] for one in systems.values())
+    edits = (f"{w['substitutions']}+{w['deletions']}+{w['insertions']}" for w in words)
+    return f"S+D+I {normaliser:<16}" + "".join(f"{edit:>12}" for edit in edits)
 
 
 def write_results(
@@ -305,6 +321,7 @@ def main(config: Config) -> None:
         model = load_for_decoding(
             config.model, adapter, dtype=dtype_of(config.precision), device=accelerator.device
         )
+        whisper.complete_generation_config(model, tokenizer)
         if adapter:
             check_base(config, model)
         say(f"decoding with {adapter or config.model}, {config.context} window")
@@ -322,10 +339,11 @@ def main(config: Config) -> None:
         )
         texts[name] = gather(mine)
         wall_seconds = time.perf_counter() - start
-        systems[name] = score(dataset, texts[name]) | {
+        systems[name] = score(dataset, texts[name], tokenizer) | {
             "audio_seconds": float(seconds.sum()),
             "wall_seconds": wall_seconds,
             "real_time_factor": wall_seconds / float(seconds.sum()),
+            "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far
             "worst": worst_clips(dataset, texts[name]),
         }
         del model

@@ -9,6 +9,7 @@ train.json. Started again after any interruption it goes on where the last check
 Legend: B batch, M mel bins, F frames, T label tokens, V vocabulary.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,14 +39,15 @@ from common.dataset import column, label_lengths, load_prepared
 from common.files import write_json, write_text
 from common.memory import peak_memory_gib
 from common.recipe import recipe
-from eval_wer import DTYPES, Precision
+from eval_wer import DTYPES, Precision, Prediction
 
-SANITY_BATCHES = 2  # validation batches run before training, to fail early
+SANITY_BATCHES = 2  # validation batches whose loss is computed before training, to fail early
+SANITY_CLIPS = 2  # clips that are decoded before training
 SHOWN_TEXTS = 5  # validation texts shown in TensorBoard
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip while it finds its scale
 # Options that a resumed run may change: none of them changes what is computed, but for rounding.
 FREE_ON_RESUME = {
-    "data_dir", "output_dir", "resume", "num_workers", "log_every", "save_every",
+    "output_dir", "resume", "num_workers", "log_every", "save_every", "eval_every", "wer_every",
     "keep_checkpoints", "max_batch_seconds",
 }  # fmt: skip
 
@@ -308,7 +310,8 @@ def find_checkpoint(config: Config, folder: Path, identity: dict[str, Any]) -> P
     """The checkpoint to go on from, if any.
 
     Args:
-        identity: what a resumed run must share with the one that was interrupted.
+        identity: what a resumed run must share with the one that was interrupted: options, and
+            for `--data_dir` a digest of preprocess.json.
 
     Raises:
         UserError: naming the options that differ.
@@ -411,34 +414,47 @@ def evaluate_loss(run: Run, step: int) -> None:
         save_adapter(run, "adapter_best", step)
 
 
-def evaluate_wer(run: Run, step: int) -> None:
-    """Log the validation word error rate, with a few texts for TensorBoard."""
-    accelerator = run.accelerator
+def transcribe_validation(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Prediction]:
+    """Decode batches of validation clips, shared out among the processes."""
     run.model.eval()
     with whisper.merged(run.model) as model:
         mine = eval_wer.transcribe(
             model,
             run.tokenizer,
             run.validation,
-            run.validation_plan()[accelerator.process_index :: accelerator.num_processes],
+            batches[run.accelerator.process_index :: run.accelerator.num_processes],
             task=run.prepared["config"]["task"],
             tokens_per_second=run.prepared["tokens_per_second"]["p999"],
         )
     run.model.train()
-    predictions = eval_wer.gather(mine)
-    rates = eval_wer.score(run.validation, predictions)["normalisers"]
+    return eval_wer.gather(mine)
+
+
+def try_validation(run: Run) -> None:
+    """Run loss and decoding on the shortest batches, so that what fails in them fails early."""
+    batches = run.validation_plan()[-SANITY_BATCHES:]
+    validation_loss(run.accelerator, run.model, run.validation, run.collate, batches)
+    few = replace(batches[-1], clips=batches[-1].clips[:SANITY_CLIPS])
+    transcribe_validation(run, [few])
+
+
+def evaluate_wer(run: Run, step: int) -> None:
+    """Log the validation word error rate, with a few texts for TensorBoard."""
+    predictions = transcribe_validation(run, run.validation_plan())
+    rates = eval_wer.score(run.validation, predictions, run.tokenizer)["normalisers"]
     record = {"step": step}
     for name in ("raw", "keep_marks"):
         record |= {f"wer_{name}": rates[name]["wer"], f"cer_{name}": rates[name]["cer"]}
     run.log(record)
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         shown = run.validation.select_columns(["id", "text"]).select(
             range(min(SHOWN_TEXTS, len(run.validation)))
         )
         text = "\n\n".join(
             f"{row['id']}  \n{row['text']}  \n{predictions[row['id']].text}" for row in shown
         )
-        accelerator.get_tracker("tensorboard", unwrap=True).add_text("predictions", text, step)
+        tensorboard = run.accelerator.get_tracker("tensorboard", unwrap=True)
+        tensorboard.add_text("predictions", text, step)
 
 
 def save_adapter(run: Run, name: str, step: int) -> None:
@@ -496,7 +512,7 @@ def main(config: Config) -> None:
 
     # ------ resume?
     identity = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
-    identity |= {"train_clips": len(train), "labels": prepared["tokenizer_fingerprint"]}
+    identity["data_dir"] = hashlib.sha256(json.dumps(prepared).encode()).hexdigest()[:16]
     found = find_checkpoint(config, output / "checkpoints", identity)
     state = (
         checkpoint.read_state(found)
@@ -509,6 +525,7 @@ def main(config: Config) -> None:
     base = whisper.load_base(
         config.model, dtype=held, quantize=config.quantize, device=accelerator.device
     )
+    whisper.complete_generation_config(base, tokenizer)
     made = recipe(config) | {
         "base_probe": whisper.base_probe(base),
         "window": batching.window_policy(config.context),
@@ -565,9 +582,7 @@ def main(config: Config) -> None:
     elif validation is None:
         say("no validation split: no validation loss, no adapter_best")
     else:
-        validation_loss(
-            accelerator, adapted, validation, run.collate, run.validation_plan()[-SANITY_BATCHES:]
-        )
+        try_validation(run)
         evaluate_loss(run, 0)
 
     # ------ training

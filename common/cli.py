@@ -24,6 +24,7 @@ class UserError(ValueError):
     """A mistake the user can mend: one line that names the option, its value and the remedy."""
 
 
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 BOOLEANS = {"true": True, "false": False}
 
 registry = tyro.constructors.ConstructorRegistry()
@@ -122,9 +123,11 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
     except UserError as error:
         _fail(str(error))
     except Exception as error:
-        if not _is_disk_full(error):
-            raise
-        _fail(f"the disk is full ({error}): free some space or give another --output_dir")
+        if _is_disk_full(error):
+            _fail(f"the disk is full ({error}): free some space or give another --output_dir")
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            _fail(f"{error.filename} cannot be written ({error.strerror}): give another place")
+        raise
 
 
 def _fail(message: str) -> None:

@@ -20,9 +20,14 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, text as it is."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as JSON, text as it is."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def has_content(folder: Path) -> bool:
+    """Whether something stands where `folder` is to be written; an empty folder does not."""
+    return any(folder.iterdir()) if folder.is_dir() else folder.exists()
 
 
 @contextmanager

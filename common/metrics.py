@@ -3,6 +3,7 @@
 Counts come first and are divided once: rates are of the whole corpus, never means of means.
 """
 
+import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -132,13 +133,18 @@ _FEATURES = datasets.Features(
 class ErrorRate(evaluate.Metric):
     """Word and character error rate under one normaliser, without fetching code from the Hub.
 
+    `spelling` is the table that `whisper_english` takes.
+
     >>> metric = ErrorRate("keep_marks")
     >>> metric.compute(references=["Yes, sir."], predictions=["yes sir"])["wer"]
     0.0
     """
 
-    def __init__(self, normaliser: str = "raw", **kwargs: object) -> None:
+    def __init__(
+        self, normaliser: str = "raw", *, spelling: dict[str, str] | None = None, **kwargs: object
+    ) -> None:
         super().__init__(config_name=normaliser, keep_in_memory=True, **kwargs)
+        self.spelling = spelling  # for whisper_english
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -149,6 +155,8 @@ class ErrorRate(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, object]:
         normalise = NORMALISERS[self.config_name]
+        if normalise is whisper_english:
+            normalise = functools.partial(whisper_english, spelling=self.spelling)
         words = count_corpus(references, predictions, "word", normalise)
         characters = count_corpus(references, predictions, "char", normalise)
         return {

@@ -11,18 +11,19 @@ T = TypeVar("T")
 LINE_EVERY_SECONDS = 15.0
 
 
-def track(items: Iterable[T], *, total: int, what: str, quiet: bool = False) -> Iterator[T]:
-    """Yield `items`, showing how many of `total` are done; `quiet` on all ranks but 0."""
+def track(items: Iterable[T], *, total: int | None, what: str, quiet: bool = False) -> Iterator[T]:
+    """Yield `items`, showing how many are done, of `total` where known; `quiet` but on rank 0."""
     if quiet:
         yield from items
         return
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=what, dynamic_ncols=True)
         return
+    of_total = "" if total is None else f"/{total}"
     start = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
         if now - last >= LINE_EVERY_SECONDS:
-            print(f"{what}: {done}/{total} after {now - start:.0f} s", flush=True)
+            print(f"{what}: {done}{of_total} after {now - start:.0f} s", flush=True)
             last = now
         yield item

@@ -7,6 +7,7 @@ Legend: B batch, M mel bins, F frames (10 ms), C encoder positions (20 ms), D wi
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     BitsAndBytesConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
@@ -56,6 +58,7 @@ def quiet_libraries() -> None:
     """Silence the libraries' advice and loading bars; errors still speak."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
 
 
 # ------ base
@@ -271,6 +274,24 @@ def merged(model: PeftModel) -> Iterator[WhisperForConditionalGeneration]:
 
 
 # ------ decoding
+
+
+def complete_generation_config(
+    model: WhisperForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Give a checkpoint what old fine-tunes lack: the ids that language and task are asked with.
+
+    Prompts forced by an old configuration go: they would override the language asked for.
+    """
+    config, ids = model.generation_config, tokenizer.get_added_vocab()
+    config.forced_decoder_ids = None
+    if getattr(config, "lang_to_id", None) or "<|transcribe|>" not in ids:
+        return
+    first, last = ids["<|startoftranscript|>"] + 1, ids["<|translate|>"]
+    config.is_multilingual = True
+    config.lang_to_id = {name: at for name, at in ids.items() if first <= at < last}
+    config.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
+    config.no_timestamps_token_id = ids["<|notimestamps|>"]
 
 
 class EndAtCap(LogitsProcessor):

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from common import cli
-from demo import folders, whisper_tokenizer
+from common import cli, files
+from demo import whisper_tokenizer
 
 MIN_BINARY_VERSION = 6  # the first that the layout above describes
 SPEC = "WhisperSpec"
@@ -65,9 +65,9 @@ def convert(ct2_dir: Path, output_dir: Path) -> int:
     (output_dir / "model.safetensors").write_bytes(
         safetensors.numpy.save(tensors, metadata={"format": "pt"})
     )
-    folders.write_json(output_dir / "config.json", config)
-    folders.write_json(output_dir / "generation_config.json", generation)
-    folders.write_json(output_dir / "preprocessor_config.json", preprocessor)
+    files.write_json(output_dir / "config.json", config)
+    files.write_json(output_dir / "generation_config.json", generation)
+    files.write_json(output_dir / "preprocessor_config.json", preprocessor)
     whisper_tokenizer.write_tokenizer(output_dir, tokenizer, added_tokens)
     return sum(tensor.size for tensor in tensors.values())
 

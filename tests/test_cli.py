@@ -106,6 +106,15 @@ def test_a_full_disk_is_one_line_that_names_the_remedy(monkeypatch, capsys):
     assert "error: the disk is full" in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda config: (tmp_path / "file" / "out").mkdir(), Example)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/file/out cannot be written")
+
+
 def test_only_rank_zero_tells_the_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", "--nam", "x"])
     monkeypatch.setenv("RANK", "1")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from common import cli
-from demo import ct2_to_hf, espeak, folders, speak_corpus, whisper_base, whisper_tokenizer
+from common import cli, files
+from demo import ct2_to_hf, espeak, speak_corpus, whisper_base, whisper_tokenizer
 
 # ------ sentences
 
@@ -136,7 +136,7 @@ def test_all_impossible_options_are_named_at_once(tmp_path):
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), folders.build(tmp_path / "out") as folder:
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())

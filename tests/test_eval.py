@@ -5,6 +5,7 @@ import shutil
 
 import launch
 import pytest
+import tiny
 import torch
 
 import eval_wer
@@ -48,8 +49,8 @@ def read(options, name):
 
 
 def scores(result):
-    """Everything but the clocks and the recipe."""
-    clocks = ("wall_seconds", "real_time_factor")
+    """Everything but what the machine decides, and the recipe."""
+    clocks = ("wall_seconds", "real_time_factor", "peak_memory_gib")
     return {
         name: {key: value for key, value in result[name].items() if key not in clocks}
         for name in ("base", "adapter")
@@ -127,6 +128,18 @@ def test_merging_is_done_in_float32_before_the_weights_are_converted(checkpoint,
 def test_a_full_checkpoint_is_scored_without_adapter(options):
     result = evaluate(options | {"adapter": "", "compare_base": False})
     assert set(result) == {"base", "recipe"}
+
+
+def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_path):
+    old = launch.Path(shutil.copytree(options["model"], tmp_path / "old"))
+    generation = json.loads((old / "generation_config.json").read_text())
+    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual"):
+        del generation[name]
+    generation["forced_decoder_ids"] = [[1, tiny.START + 1], [2, tiny.START + 101]]
+    (old / "generation_config.json").write_text(json.dumps(generation))
+    expected = evaluate(options | {"adapter": "", "compare_base": False})["base"]["normalisers"]
+    got = evaluate(options | {"model": str(old), "adapter": "", "compare_base": False})
+    assert got["base"]["normalisers"] == expected
 
 
 @pytest.mark.parametrize(

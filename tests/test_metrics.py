@@ -41,6 +41,8 @@ def test_english_normaliser_knows_numbers_contractions_and_a_spelling_table():
     text = "Mr. Neil can't pay twenty-one dollars for colour"
     expected = "mister neil can not pay $21 for color"
     assert metrics.whisper_english(text, {"colour": "color"}) == expected
+    metric = metrics.ErrorRate("whisper_english", spelling={"colour": "color"})
+    assert metric.compute(references=["a colour"], predictions=["A color!"])["wer"] == 0.0
 
 
 def test_the_english_normaliser_is_reported_for_english_alone():

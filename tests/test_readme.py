@@ -23,7 +23,7 @@ SHOWN = {"README.md": README, "Makefile": (ROOT / "Makefile").read_text(encoding
 def commands():
     """Every call of one of the scripts in the README, the Makefile and the reference runs."""
     for name, text in SHOWN.items():
-        joined = text.replace("\\\n", " ").replace("$(if $(HUB_ID),--hub_id $(HUB_ID))", "")
+        joined = text.replace("\\\n", " ").replace("$context", "full")
         for line in joined.splitlines():
             for script in SCRIPTS:
                 found = re.search(rf"(?:python|launch\b.*) {script} (--.*)", line)
@@ -70,7 +70,7 @@ def shown_default(written):
 
 
 def test_every_file_in_the_tree_is_there_and_every_room_is_in_the_tree():
-    tree = README.split("```text")[1].split("```")[0]
+    tree = README.split("## Files")[1].split("```")[1]
     named = set(re.findall(r"^ *([\w./-]+?)/?  ", tree, flags=re.M))
     rooms = {path.name for path in ROOT.glob("*.py")}
     rooms |= {path.name for path in (ROOT / "common").glob("*.py") if path.name != "__init__.py"}
