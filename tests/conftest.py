@@ -14,8 +14,6 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-import preprocess  # noqa: E402
-
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> None:
@@ -34,14 +32,4 @@ def prepared(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Tones with Marathi words: 21 clips to train on, 5 to validate, 7 to test."""
     folder = tmp_path_factory.mktemp("prepared")
     source = tiny.make_corpus(folder / "source", clips={"train": 21, "validation": 5, "test": 7})
-    output = folder / "data"
-    preprocess.main(
-        preprocess.Config(
-            source=str(source),
-            language="mr",
-            model=str(checkpoint),
-            output_dir=str(output),
-            num_workers=1,
-        )
-    )
-    return output
+    return tiny.prepare(source, checkpoint, folder / "data")

@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import WhisperForConditionalGeneration
 
 import eval_wer
-import preprocess
 import train_lora
 from common import cli, whisper
 from common.batching import MicroBatch
@@ -116,16 +115,7 @@ def test_the_summed_loss_over_tokens_is_the_models_own_mean(checkpoint, prepared
 
 def test_one_batch_can_be_learnt_by_heart(options, checkpoint, tmp_path):
     source = tiny.make_corpus(tmp_path / "source", clips={"train": 3})
-    data = tmp_path / "data"
-    preprocess.main(
-        preprocess.Config(
-            source=str(source),
-            language="mr",
-            model=str(checkpoint),
-            output_dir=str(data),
-            num_workers=1,
-        )
-    )
+    data = tiny.prepare(source, checkpoint, tmp_path / "data")
     train(
         options
         | {
@@ -142,6 +132,16 @@ def test_one_batch_can_be_learnt_by_heart(options, checkpoint, tmp_path):
     )
     losses = records(options, "loss")
     assert losses[100] < 0.1 * losses[1], losses
+
+
+def test_a_corpus_without_validation_trains_to_its_end(options, checkpoint, tmp_path, capsys):
+    source = tiny.make_corpus(tmp_path / "source", clips={"train": 5, "test": 1})
+    data = tiny.prepare(source, checkpoint, tmp_path / "data")
+    train(options | {"data_dir": str(data)})
+    assert "no validation split" in capsys.readouterr().out
+    assert not records(options, "eval_loss")
+    assert adapter(options)
+    assert not launch.Path(options["output_dir"], "adapter_best").exists()
 
 
 # ------ schedule

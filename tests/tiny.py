@@ -15,6 +15,8 @@ from transformers import (
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, WhisperTokenizer
 
+import preprocess
+
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 signs, one a byte
 SPECIALS = [
     "<|endoftext|>",
@@ -122,3 +124,11 @@ def make_corpus(
             lines.append(f"{name},{text},{split},{split}{i % speakers}")
     (folder / "clips.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "clips.csv"
+
+
+def prepare(source: Path, checkpoint: Path, output: Path) -> Path:
+    """Run preprocess.py on a Marathi source with a checkpoint's tokenizer."""
+    options = {"source": source, "model": checkpoint, "output_dir": output}
+    words = {name: str(path) for name, path in options.items()}
+    preprocess.main(preprocess.Config(**words, language="mr", num_workers=1))
+    return output
