@@ -18,6 +18,7 @@ demo: .venv/.ready
 	$(RUN)/python preprocess.py --source $(DEMO)/corpus --language mr --model $(DEMO)/whisper-base --output_dir $(DEMO)/prepared
 	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_lora.py --model $(DEMO)/whisper-base --data_dir $(DEMO)/prepared --output_dir $(DEMO)/run --num_epochs 2 --global_batch_size 8
 	$(RUN)/python eval_wer.py --model $(DEMO)/whisper-base --adapter $(DEMO)/run/adapter --data_dir $(DEMO)/prepared --compare_base true --output_dir $(DEMO)/wer
+	@echo "adapter $(DEMO)/run/adapter, curves: $(RUN)/tensorboard --logdir $(DEMO)/run/tensorboard"
 
 test: .venv/.ready
 	$(RUN)/python -m pytest -n auto --durations 5

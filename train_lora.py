@@ -14,11 +14,10 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import eval_wer
@@ -36,7 +34,8 @@ from common import batching, checkpoint, cli, labels, whisper
 from common.batching import Context, GlobalBatch, MicroBatch
 from common.collator import IGNORED, SpeechCollator, load_batches
 from common.dataset import column, label_lengths, load_prepared
-from common.files import write_json, write_text
+from common.files import write_json
+from common.journal import Journal, log, log_text, open_journal
 from common.memory import peak_memory_gib
 from common.recipe import recipe
 from eval_wer import DTYPES, Precision, Prediction
@@ -306,42 +305,6 @@ def check_labels(
     )
 
 
-def find_checkpoint(config: Config, folder: Path, identity: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from, if any.
-
-    Args:
-        identity: what a resumed run must share with the one that was interrupted: options, and
-            for `--data_dir` a digest of preprocess.json.
-
-    Raises:
-        UserError: naming the options that differ.
-    """
-    found = checkpoint.complete(folder)
-    if not found or config.resume == "never":
-        return None
-    before = checkpoint.read_state(found[-1])["identity"]
-    changed = [
-        f"--{name} {identity.get(name)} (was {before.get(name)})"
-        for name in identity
-        if identity[name] != before.get(name)
-    ]
-    if changed:
-        raise cli.UserError(
-            f"--output_dir {config.output_dir}: holds a run with other options: "
-            f"{', '.join(changed)}: restore them, give another folder or --resume never"
-        )
-    return found[-1]
-
-
-def keep_records(path: Path, last_step: int) -> None:
-    """Drop the lines of metrics.jsonl that a resumed run will write again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no end
-    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
-    write_text(path, "".join(f"{line}\n" for line in kept))
-
-
 def not_finite(step: Step, dataset: Dataset, norm: float) -> cli.UserError:
     """The error that names the clips whose gradient is not finite."""
     ids = ", ".join(str(dataset[clip]["id"]) for clip in step.batch.clips)
@@ -369,25 +332,9 @@ class Run:
     prepared: dict[str, Any]  # preprocess.json
     made: dict[str, Any]  # what lies beside each adapter: recipe, base, window
     identity: dict[str, Any]
-    bar: tqdm
-    best: dict[str, float] | None = None  # step and eval_loss of adapter_best
-    last_record: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def output(self) -> Path:
-        return Path(self.config.output_dir)
-
-    def log(self, record: dict[str, float]) -> None:
-        """One object in metrics.jsonl, one line of `key=value`, and TensorBoard, on rank 0."""
-        self.last_record |= record
-        step = int(record["step"])
-        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
-        if not self.accelerator.is_main_process:
-            return
-        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        line = " ".join(f"{key}={_short(value)}" for key, value in record.items())
-        self.bar.write(line)
+    journal: Journal
+    output: Path
+    best: dict[str, float] | None  # step and eval_loss of adapter_best
 
     def validation_plan(self) -> list[MicroBatch]:
         assert self.validation is not None
@@ -399,16 +346,12 @@ class Run:
         )
 
 
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.5g}"
-
-
 def evaluate_loss(run: Run, step: int) -> None:
     """Log the validation loss; keep the adapter if it is the best so far."""
     loss = validation_loss(
         run.accelerator, run.model, run.validation, run.collate, run.validation_plan()
     )
-    run.log({"step": step, "eval_loss": loss})
+    log(run.journal, {"step": step, "eval_loss": loss})
     if step and (run.best is None or loss < run.best["eval_loss"]):
         run.best = {"step": step, "eval_loss": loss}
         save_adapter(run, "adapter_best", step)
@@ -445,16 +388,11 @@ def evaluate_wer(run: Run, step: int) -> None:
     record = {"step": step}
     for name in ("raw", "keep_marks"):
         record |= {f"wer_{name}": rates[name]["wer"], f"cer_{name}": rates[name]["cer"]}
-    run.log(record)
-    if run.accelerator.is_main_process:
-        shown = run.validation.select_columns(["id", "text"]).select(
-            range(min(SHOWN_TEXTS, len(run.validation)))
-        )
-        text = "\n\n".join(
-            f"{row['id']}  \n{row['text']}  \n{predictions[row['id']].text}" for row in shown
-        )
-        tensorboard = run.accelerator.get_tracker("tensorboard", unwrap=True)
-        tensorboard.add_text("predictions", text, step)
+    log(run.journal, record)
+    few = range(min(SHOWN_TEXTS, len(run.validation)))
+    shown = run.validation.select_columns(["id", "text"]).select(few)
+    texts = (f"{row['id']}  \n{row['text']}  \n{predictions[row['id']].text}" for row in shown)
+    log_text(run.journal, "predictions", "\n\n".join(texts), step)
 
 
 def save_adapter(run: Run, name: str, step: int) -> None:
@@ -512,8 +450,9 @@ def main(config: Config) -> None:
 
     # ------ resume?
     identity = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
+    identity["precision"] = accelerator.mixed_precision
     identity["data_dir"] = hashlib.sha256(json.dumps(prepared).encode()).hexdigest()[:16]
-    found = find_checkpoint(config, output / "checkpoints", identity)
+    found = checkpoint.find(output / "checkpoints", identity) if config.resume == "auto" else None
     state = (
         checkpoint.read_state(found)
         if found
@@ -548,22 +487,13 @@ def main(config: Config) -> None:
     model.train()
 
     # ------ run
-    if leader:
-        output.mkdir(parents=True, exist_ok=True)
-        if not found:
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        keep_records(output / "metrics.jsonl", state["step"] if found else -1)
+    if leader and not found:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers(
-        "tensorboard", init_kwargs={"tensorboard": {"purge_step": state["step"] + 1}}
-    )
-    bar = tqdm(
-        total=total_steps, initial=state["step"], desc="training", dynamic_ncols=True,
-        disable=not (leader and sys.stderr.isatty()),
-    )  # fmt: skip
+    journal = open_journal(accelerator, output, done=state["step"], total=total_steps)
     run = Run(
         config, accelerator, adapted, optimizer, eval_wer.collator_for(base), tokenizer, validation,
-        prepared, made, identity, bar, state["best"],
+        prepared, made, identity, journal, output, state["best"],
     )  # fmt: skip
     say(
         f"{len(train)} clips, {seconds.sum() / 3600:.2f} hours; {total_steps} steps of "
@@ -603,25 +533,27 @@ def main(config: Config) -> None:
         totals.clips += len(step.batch.clips)
         totals.audio_seconds += float(seconds[list(step.batch.clips)].sum())
         totals.seconds += time.perf_counter() - mark
-        bar.update()
+        journal.bar.update()
 
         # ------ once in a while
         done = step.number + 1
         last = done == total_steps
         if done % config.log_every == 0 or last:
             loss = accelerator.reduce(totals.loss).item() / totals.tokens
-            bar.set_postfix(loss=f"{loss:.3f}", clips_s=f"{totals.clips / totals.seconds:.1f}")
-            run.log(
+            speed = totals.clips / totals.seconds
+            journal.bar.set_postfix(loss=f"{loss:.3f}", clips_s=f"{speed:.1f}")
+            log(
+                run.journal,
                 {
                     "step": done,
                     "epoch": done / steps_per_epoch,
                     "loss": loss,
                     "grad_norm": norm,
                     "learning_rate": rate,
-                    "clips_per_second": totals.clips / totals.seconds,
+                    "clips_per_second": speed,
                     "audio_seconds_per_second": totals.audio_seconds / totals.seconds,
                     "data_wait_share": totals.wait_seconds / totals.seconds,
-                }
+                },
             )
             totals = Totals(torch.zeros_like(totals.loss))
         if validation is not None and (done % config.eval_every == 0 or last):
@@ -633,7 +565,7 @@ def main(config: Config) -> None:
         mark = time.perf_counter()
 
     # ------ results
-    bar.close()
+    journal.bar.close()
     save_adapter(run, "adapter", total_steps)
     # DDP holds the process group. Freed after it, gloo would wait, with Python's lock held, for a
     # thread of its own that waits for that lock.
@@ -650,7 +582,7 @@ def main(config: Config) -> None:
                 "peak_memory_gib": peak_memory_gib(),
                 "processes": accelerator.num_processes,
                 "best": run.best,
-                "last": run.last_record,
+                "last": journal.last,
             }
             | made,
         )

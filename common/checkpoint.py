@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import whisper
+from common.cli import UserError
 from common.files import new_folder, write_json
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
@@ -50,6 +51,33 @@ def complete(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first."""
     found = [path.parent for path in folder.glob(f"step-*/{STATE}")]
     return sorted(path for path in found if not path.suffix)
+
+
+def find(folder: Path, identity: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint in `folder`, if any.
+
+    Args:
+        identity: what a resumed run must share with the interrupted one: options by name, and for
+            `data_dir` a digest of its preprocess.json.
+
+    Raises:
+        UserError: naming the options that differ.
+    """
+    found = complete(folder)
+    if not found:
+        return None
+    before = read_state(found[-1])["identity"]
+    changed = [
+        f"--{name} {value} (was {before.get(name)})"
+        for name, value in identity.items()
+        if value != before.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"--output_dir {folder.parent}: holds a run with other options: {', '.join(changed)}: "
+            "restore them, give another folder or --resume never"
+        )
+    return found[-1]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -338,3 +339,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_clips
     monkeypatch.setattr(train_lora, "token_loss_sum", lambda *a: stock(*a) * math.inf)
     with pytest.raises(cli.UserError, match=r"norm is nan in step 1 \(clips .*train_0"):
         train(options | {"eval_every": 1000})
+
+
+@pytest.mark.root
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(options, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        small = options | {"output_dir": str(disk / "run"), "keep_checkpoints": 50, "save_every": 1}
+        done = launch.run("train_lora.py", small | {"max_steps": 30})
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: the disk is full"), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+        saved = sorted((disk / "run" / "checkpoints").iterdir())
+        assert saved
+        for folder in saved:
+            assert not folder.suffix, f"{folder} is half-written"
+            assert load_file(folder / "adapter.safetensors")
+            assert load_file(folder / "optimizer.safetensors")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,76 @@
+"""What a training run tells while it runs: metrics.jsonl, TensorBoard, a line or a bar."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from common.files import write_text
+
+
+@dataclass
+class Journal:
+    """The open places that records go to; rank 0 alone writes."""
+
+    accelerator: Accelerator
+    metrics: Path  # metrics.jsonl
+    bar: tqdm
+    last: dict[str, float] = field(default_factory=dict)  # newest value of every key
+
+
+def open_journal(accelerator: Accelerator, folder: Path, *, done: int, total: int) -> Journal:
+    """Start or continue `folder/metrics.jsonl` and `folder/tensorboard` after `done` steps.
+
+    What an interrupted run recorded beyond `done`, the run will record again.
+    """
+    metrics, leader = folder / "metrics.jsonl", accelerator.is_main_process
+    if leader:
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep_until(metrics, done if done else -1)
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": done + 1}})
+    bar = tqdm(
+        total=total,
+        initial=done,
+        desc="training",
+        dynamic_ncols=True,
+        disable=not (leader and sys.stderr.isatty()),
+    )
+    return Journal(accelerator, metrics, bar)
+
+
+def _keep_until(metrics: Path, last_step: int) -> None:
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no end
+    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+    write_text(metrics, "".join(f"{line}\n" for line in kept))
+
+
+def log(journal: Journal, record: dict[str, float]) -> None:
+    """One object in metrics.jsonl, one line of `key=value`, and TensorBoard.
+
+    Args:
+        record: `step`, and numbers under stable names.
+    """
+    journal.last |= record
+    scalars = {key: value for key, value in record.items() if key != "step"}
+    journal.accelerator.log(scalars, step=int(record["step"]))
+    if not journal.accelerator.is_main_process:
+        return
+    with journal.metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    journal.bar.write(" ".join(f"{key}={_short(value)}" for key, value in record.items()))
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
+def log_text(journal: Journal, name: str, text: str, step: int) -> None:
+    """Show a text in TensorBoard."""
+    if journal.accelerator.is_main_process:
+        writer = journal.accelerator.get_tracker("tensorboard", unwrap=True)
+        writer.add_text(name, text, step)
