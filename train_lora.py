@@ -63,7 +63,7 @@ class Config:
     num_epochs: int = 3  # passes over the training split
     max_steps: int = 0  # optimizer steps, instead of --num_epochs; 0 goes by epochs
     global_batch_size: int = 16  # clips an optimizer step, over all processes
-    max_batch_seconds: float = 240.0  # seconds of window a process computes at once
+    max_batch_seconds: float = 120.0  # seconds of window a process computes at once
     # ------ optimizer
     learning_rate: float = 1e-3  # peak, reached after warm-up
     warmup_ratio: float = 0.1  # share of all steps that the learning rate rises over

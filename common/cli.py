@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import logging
 import os
 import re
 import sys
@@ -118,6 +119,7 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
 
     With several processes only rank 0 prints it.
     """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
         main(parse(config_class))
     except UserError as error:

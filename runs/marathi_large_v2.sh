@@ -13,7 +13,7 @@ source=${1:?usage: runs/marathi_large_v2.sh COMMON_VOICE_FOLDER}
 model=openai/whisper-large-v2
 cd "$(dirname "$0")/.."
 python preprocess.py --source "$source" --language mr --model $model --output_dir marathi/prepared
-accelerate launch --mixed_precision fp16 train_lora.py \
+accelerate launch --quiet --mixed_precision fp16 train_lora.py \
   --model $model --data_dir marathi/prepared --output_dir marathi/run \
   --quantize int8 --lora_rank 32 --lora_alpha 64 --lora_targets q_proj,v_proj --lora_dropout 0.05 \
   --learning_rate 1e-3 --warmup_ratio 0.02 --schedule linear --global_batch_size 8 --num_epochs 3
