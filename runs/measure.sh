@@ -15,7 +15,7 @@ for context in auto full; do
     --output_dir "$out/wer_base_$context"
 done
 python train_lora.py --model "$model" --data_dir "$out/prepared" --output_dir "$out/run" \
-  --num_epochs 3 --global_batch_size 8 --max_batch_seconds 30 --learning_rate 1e-3 \
+  --num_epochs 3 --global_batch_size 8 --max_batch_seconds 240 --learning_rate 1e-3 \
   --eval_every 66 --wer_every 66
 for context in auto full; do
   python eval_wer.py --model "$model" --adapter "$out/run/adapter" --data_dir "$out/prepared" \
