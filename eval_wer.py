@@ -103,7 +103,7 @@ def token_cap(seconds: float, tokens_per_second: float) -> int:
     """
     return min(
         math.ceil(seconds * tokens_per_second * CAP_MARGIN) + CAP_EXTRA,
-        whisper.MAX_LABEL_TOKENS - whisper.PROMPT_LENGTH,
+        labels.MAX_LABELS - whisper.PROMPT_LENGTH,
     )
 
 

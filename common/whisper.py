@@ -32,6 +32,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError
+from common.labels import MAX_LABELS
 
 # PEFT imports bitsandbytes, which advises users of some CPUs to install one more package.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -48,7 +49,6 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 
 Quantize = Literal["none", "int8", "nf4"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-MAX_LABEL_TOKENS = 448  # positions of the decoder, in every Whisper
 PROMPT_LENGTH = 4  # start of transcript, language, task, no timestamps; English-only takes 2
 BASE_PROBE_SIZE = 8  # weights kept beside an adapter to know its base again
 BASE_PROBE_TOLERANCE = 0.02  # covers a checkpoint stored in bfloat16
@@ -340,7 +340,7 @@ def decode(
         encoder_outputs=encoded,
         return_timestamps=False,
         num_beams=num_beams,
-        max_new_tokens=min(max(caps) + 1, MAX_LABEL_TOKENS - prompt_length),
+        max_new_tokens=min(max(caps) + 1, MAX_LABELS - prompt_length),
         logits_processor=LogitsProcessorList(
             [EndAtCap(torch.tensor(caps, device=device), prompt_length, end)]
         ),

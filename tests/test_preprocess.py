@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import launch
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -631,12 +632,7 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(tmp_path, model):
 
 @pytest.mark.root
 def test_a_full_disk_is_one_line_and_the_run_can_be_continued(tmp_path, model):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
-    try:
+    with launch.small_disk(tmp_path / "disk", "1m") as disk:
         records = [{"path": f"{at}.wav"} for at in range(80)]
         words = ("--source", manifest(tmp_path, records), "--model", model, "--language", "mr")
         words = command(*words, "--output_dir", disk / "out", "--num_workers", 1)
@@ -646,8 +642,6 @@ def test_a_full_disk_is_one_line_and_the_run_can_be_continued(tmp_path, model):
         grow = ["mount", "-o", "remount,size=64m", str(disk)]
         subprocess.run(grow, check=True)
         assert subprocess.run(words, capture_output=True).returncode == 0
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_worker_that_is_killed_is_a_one_line_error():
