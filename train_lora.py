@@ -6,7 +6,7 @@
 Writes OUTPUT_DIR/adapter (plain PEFT), adapter_best, checkpoints, metrics.jsonl, tensorboard and
 train.json. Started again after any interruption it goes on where the last checkpoint was.
 
-Legend: B batch, M mel bins, F frames, T label tokens, V vocabulary.
+Legend: B batch, M mel bins, F frames, T label tokens.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -32,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 import eval_wer
 from common import batching, checkpoint, cli, labels, whisper
 from common.batching import Context, GlobalBatch, MicroBatch
-from common.collator import IGNORED, SpeechCollator, load_batches
+from common.collator import SpeechCollator, load_batches
 from common.dataset import column, label_lengths, load_prepared
 from common.files import write_json
 from common.journal import Journal, log, log_text, open_journal
@@ -178,20 +177,13 @@ def load_steps(
 
 
 def token_loss_sum(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy summed over the label tokens of a batch.
-
-    The model's own loss is the mean over a micro-batch, which weighs tokens by their company.
+    """Cross entropy summed over the label tokens of a batch, as `whisper.return_loss_sum` has it.
 
     Args:
         inputs: what SpeechCollator gives, on any device.
     """
     device = next(model.parameters()).device
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-    targets = moved.pop("labels")
-    logits = model(**moved, use_cache=False).logits  # (B, T, V)
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return model(**{name: one.to(device, non_blocking=True) for name, one in inputs.items()})
 
 
 @torch.no_grad()
@@ -208,7 +200,7 @@ def validation_loss(
     model.eval()
     for inputs in load_batches(dataset, mine, collate, num_workers=0):
         sums[0] += token_loss_sum(model, inputs).item()
-        sums[1] += (inputs["labels"] != IGNORED).sum().item()
+        sums[1] += len(inputs["label_positions"])
     model.train()
     loss, tokens = accelerator.reduce(sums.to(accelerator.device)).tolist()
     return loss / tokens

@@ -18,13 +18,16 @@ CONTEXT_MULTIPLE = 8  # contexts are rounded up to it: tensor cores like it, and
 # Training windows end this many positions after the longest clip, drawn anew for every batch, so
 # that the model learns not to depend on where the window ends.
 TRAIN_MARGIN = (32, 160)
-FULL_SHARE = 0.05  # share of batches at the full window, for runtimes that pad to 30 s
+# Batches at the full window, for runtimes that pad to 30 s: at most one in twenty, and so few that
+# they add no more than a tenth to the encoder's positions.
+FULL_SHARE = 0.05
+FULL_COST = 0.1
 
 # Decoding windows: a model never trained on short windows loops when they end with the speech.
 # Loops seen in 8 runs of base models: 4 at +0 positions, 2 at +32, 1 at +64, 0 at +128.
 DECODE_MARGIN = 128
 DECODE_FLOOR = 250  # never shorter than 5 seconds
-DECODE_MULTIPLE = 32  # a clip's window depends on the clip alone, so windows must repeat to batch
+DECODE_MULTIPLE = 64  # a clip's window depends on the clip alone, so windows must repeat to batch
 
 LENGTH_BUCKET_SECONDS = 0.32  # clips within one bucket count as equally long and are shuffled
 
@@ -71,6 +74,7 @@ def window_policy(context: Context) -> dict[str, object]:
         "positions_per_second": POSITIONS_PER_SECOND,
         "train_margin": list(TRAIN_MARGIN),
         "train_full_share": FULL_SHARE,
+        "train_full_cost": FULL_COST,
         "decode_margin": DECODE_MARGIN,
         "decode_floor": DECODE_FLOOR,
     }
@@ -108,17 +112,16 @@ def plan(
         for start in range(0, len(ordered), global_batch_size)
     ]
     margins = random.integers(TRAIN_MARGIN[0], TRAIN_MARGIN[1] + 1, size=len(groups))
-    full = set(random.choice(len(groups), size=round(FULL_SHARE * len(groups)), replace=False))
-    order = random.permutation(len(groups))
-    return [
-        GlobalBatch(
-            clips=tuple(int(clip) for clip in groups[i]),
-            context=FULL_CONTEXT
-            if context == "full" or i in full
-            else _train_context(seconds[groups[i]].max(), int(margins[i])),
-        )
-        for i in order
+    contexts = [
+        FULL_CONTEXT if context == "full" else _train_context(seconds[group].max(), int(margin))
+        for group, margin in zip(groups, margins, strict=True)
     ]
+    share = min(FULL_SHARE, FULL_COST / max(FULL_CONTEXT / np.mean(contexts) - 1, FULL_COST))
+    num_full = int(share * len(groups) + random.random())  # exact on the average of many epochs
+    for i in random.choice(len(groups), size=num_full, replace=False):
+        contexts[i] = FULL_CONTEXT
+    order = random.permutation(len(groups))
+    return [GlobalBatch(tuple(int(clip) for clip in groups[i]), contexts[i]) for i in order]
 
 
 def _train_context(longest_seconds: float, margin: int) -> int:

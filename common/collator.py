@@ -1,5 +1,5 @@
 """SpeechCollator: rows of the prepared dataset -> input_features (B, M, F), labels (B, T), and the
-decoder's inputs, which are the labels shifted right.
+decoder's inputs, which are the labels shifted right, and where in them label tokens are.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,6 +40,8 @@ class SpeechCollator:
     [[3, 4, 9, -100, -100], [-100, -100, -100, -100, -100]]
     >>> batch["decoder_input_ids"].tolist()
     [[7, 3, 4, 9, 9], [7, 9, 9, 9, 9]]
+    >>> batch["label_positions"].tolist()
+    [0, 1, 2]
     """
 
     mel_filters: np.ndarray  # (1 + N_FFT // 2, M)
@@ -78,8 +80,14 @@ class SpeechCollator:
             labels[i, : len(tokens) - 1] = torch.tensor(tokens[1:])
         if not label_length:
             return {"input_features": features}
-        shifted = shift_tokens_right(labels, self.pad_token_id, self.decoder_start_token_id)
-        return {"input_features": features, "decoder_input_ids": shifted, "labels": labels}
+        return {
+            "input_features": features,
+            "decoder_input_ids": shift_tokens_right(
+                labels, self.pad_token_id, self.decoder_start_token_id
+            ),
+            "labels": labels,
+            "label_positions": (labels.flatten() != IGNORED).nonzero()[:, 0],  # (N)
+        }
 
 
 @dataclass(frozen=True)

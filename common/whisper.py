@@ -5,6 +5,7 @@ The only file that knows PEFT.
 Legend: B batch, M mel bins, F frames (10 ms), C encoder positions (20 ms), D width, T tokens.
 """
 
+import functools
 import logging
 import math
 import warnings
@@ -21,18 +22,20 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError
 from common.labels import MAX_LABELS
+from common.loss import token_loss_sum
 
 # PEFT imports bitsandbytes, which advises users of some CPUs to install one more package.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -50,6 +53,10 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 Quantize = Literal["none", "int8", "nf4"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 PROMPT_LENGTH = 4  # start of transcript, language, task, no timestamps; English-only takes 2
+ENCODED_FRAMES = (
+    6000  # of 10 ms that decoding encodes at once: the encoder's memory, not the caches
+)
+SHRINK_AT = 0.8  # share of clips still going at which the others leave the decoder's batch
 BASE_PROBE_SIZE = 8  # weights kept beside an adapter to know its base again
 BASE_PROBE_TOLERANCE = 0.02  # covers a checkpoint stored in bfloat16
 
@@ -96,6 +103,7 @@ def load_base(
             "give a checkpoint with whole model.safetensors files"
         ) from error
     take_any_window(base)
+    return_loss_sum(base)
     return base if device is None or quantize != "none" else base.to(device)
 
 
@@ -169,7 +177,49 @@ def _encode(
     return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden))
 
 
+# ------ loss
+
+
+def return_loss_sum(model: WhisperForConditionalGeneration) -> None:
+    """Let `model(..., labels=..., label_positions=...)` return the summed loss of its labels.
+
+    The stock loss is the mean over a micro-batch, which weighs tokens by their company, and needs
+    the logits of all positions at once. The call still goes through every wrapper.
+    """
+    model.forward = MethodType(_forward, model)
+
+
+@functools.wraps(WhisperForConditionalGeneration.forward)
+def _forward(
+    model: WhisperForConditionalGeneration, *args: Any, **kwargs: Any
+) -> torch.Tensor | Seq2SeqLMOutput:
+    if kwargs.get("label_positions") is None:
+        return WhisperForConditionalGeneration.forward(model, *args, **kwargs)
+    labels, positions = kwargs.pop("labels"), kwargs.pop("label_positions")
+    hidden = model.model(*args, **kwargs, use_cache=False).last_hidden_state  # (B, T, D)
+    return token_loss_sum(hidden, model.proj_out.weight, labels, positions)
+
+
 # ------ LoRA
+
+
+class FeatureDropout(torch.nn.Module):
+    """Dropout that draws one mask a clip and input feature, the same at all of its positions.
+
+    Whisper's windows have hundreds of positions, and on a CPU a random number for each of them
+    costs a tenth of a training step.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Args: x (B, T, D)."""
+        if not self.training or not self.p:
+            return x
+        kept = torch.rand(len(x), 1, x.shape[-1], device=x.device) >= self.p
+        return x * (kept / (1 - self.p)).to(x.dtype)
 
 
 def add_lora(
@@ -191,6 +241,9 @@ def add_lora(
         r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout, bias="none"
     )
     model = get_peft_model(base, config)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and dropout:
+            module.lora_dropout["default"] = FeatureDropout(dropout)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -321,7 +374,7 @@ def decode(
     caps: Sequence[int],
     num_beams: int = 1,
 ) -> list[list[int]]:
-    """Transcribe a batch: encode once, then generate greedily or with beams.
+    """Transcribe a batch: encode once, then decode greedily or with beams.
 
     Args:
         input_features: (B, M, F) at any window.
@@ -331,24 +384,100 @@ def decode(
     Returns:
         (B) lists of text tokens, prompt and end token cut. One as long as its cap hit it.
     """
-    device, dtype = model.device, model.model.encoder.conv1.weight.dtype
-    encoded = model.model.encoder(input_features.to(device, dtype))
+    encoded = encode(model, input_features)
+    if num_beams == 1 and _is_plain_greedy(model.generation_config):
+        return _greedy(model, encoded, _prompts(model, languages, task, len(caps)), caps)
     end = model.generation_config.eos_token_id
     prompt = {} if languages is None else {"language": list(languages), "task": task}
     prompt_length = 2 if languages is None else PROMPT_LENGTH
     tokens = model.generate(
-        encoder_outputs=encoded,
+        encoder_outputs=BaseModelOutput(encoded),
         return_timestamps=False,
         num_beams=num_beams,
         max_new_tokens=min(max(caps) + 1, MAX_LABELS - prompt_length),
         logits_processor=LogitsProcessorList(
-            [EndAtCap(torch.tensor(caps, device=device), prompt_length, end)]
+            [EndAtCap(torch.tensor(caps, device=encoded.device), prompt_length, end)]
         ),
         **prompt,
     )
     return [_text_tokens(row, end) for row in tokens.tolist()]
 
 
+def encode(model: WhisperForConditionalGeneration, input_features: torch.Tensor) -> torch.Tensor:
+    """Run the encoder over a batch (B, M, F), a few clips at a time: (B, C, D) on its device."""
+    weight = model.model.encoder.conv1.weight
+    size = max(1, ENCODED_FRAMES // input_features.shape[-1])
+    pieces = (piece.to(weight.device, weight.dtype) for piece in input_features.split(size))
+    return torch.cat([model.model.encoder(piece).last_hidden_state for piece in pieces])
+
+
 def _text_tokens(row: list[int], end_token_id: int) -> list[int]:
     """Cut a generated row at its end token."""
     return row[: row.index(end_token_id)] if end_token_id in row else row
+
+
+def _is_plain_greedy(config: GenerationConfig) -> bool:
+    """Whether a checkpoint asks for nothing that only `generate` knows."""
+    penalty, ngrams = config.repetition_penalty, config.no_repeat_ngram_size
+    return penalty in (None, 1.0) and not ngrams and not config.do_sample
+
+
+def _prompts(
+    model: WhisperForConditionalGeneration, languages: Sequence[str] | None, task: str, clips: int
+) -> torch.Tensor:
+    """The tokens (B, P) that decoding starts from, as `generate` makes them."""
+    config = model.generation_config
+    start, no_timestamps = config.decoder_start_token_id, config.no_timestamps_token_id
+    if languages is None:
+        rows = [[start, no_timestamps]] * clips
+    else:
+        asked = (config.lang_to_id[f"<|{code}|>"] for code in languages)
+        rows = [[start, language, config.task_to_id[task], no_timestamps] for language in asked]
+    return torch.tensor(rows, device=model.device)
+
+
+def _greedy(
+    model: WhisperForConditionalGeneration,
+    encoded: torch.Tensor,
+    tokens: torch.Tensor,
+    caps: Sequence[int],
+) -> list[list[int]]:
+    """The tokens that `generate` gives, from a batch that shrinks as clips end.
+
+    Args:
+        encoded: (B, C, D).
+        tokens: (B, P) prompts.
+    """
+    config, texts = model.generation_config, [[] for _ in caps]
+    never = torch.tensor(config.suppress_tokens or [], dtype=torch.long, device=tokens.device)
+    not_first = torch.tensor(
+        config.begin_suppress_tokens or [], dtype=torch.long, device=tokens.device
+    )
+    clips, going = list(range(len(caps))), set(range(len(caps)))  # rows of the batch; not ended
+    cache = None
+    while going:
+        output = model.model.decoder(
+            input_ids=tokens, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True
+        )
+        scores = model.proj_out(output.last_hidden_state[:, -1])  # (B, V)
+        scores[:, never] = -math.inf
+        if cache is None:
+            scores[:, not_first] = -math.inf
+        cache = output.past_key_values
+        tokens = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
+        for clip, token in zip(clips, tokens[:, 0].tolist(), strict=True):
+            if clip not in going:
+                continue
+            if token == config.eos_token_id:
+                going.remove(clip)
+                continue
+            texts[clip].append(token)
+            if len(texts[clip]) == caps[clip]:
+                going.remove(clip)
+        if going and len(going) <= SHRINK_AT * len(clips):
+            rows = torch.tensor([i for i, clip in enumerate(clips) if clip in going])
+            rows = rows.to(tokens.device)
+            cache.batch_select_indices(rows)
+            tokens, encoded = tokens[rows], encoded[rows]
+            clips = [clip for clip in clips if clip in going]
+    return texts

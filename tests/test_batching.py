@@ -39,6 +39,17 @@ def test_a_few_per_cent_of_batches_have_the_full_window():
     assert 0.02 < share < 0.06, f"{share:.3f} of the batches are full"
 
 
+def test_full_windows_add_no_more_than_a_tenth_however_short_the_clips():
+    short = SECONDS / 4
+    options = {"global_batch_size": 8, "seed": 3}
+    plans = [batching.plan(short, epoch=epoch, **options) for epoch in range(20)]
+    contexts = [batch.context for one in plans for batch in one]
+    natural = [context for context in contexts if context < batching.FULL_CONTEXT]
+    assert len(natural) < len(contexts), "no batch has the full window"
+    cost = np.mean(contexts) / np.mean(natural)
+    assert 1.0 < cost < 1.13, f"full windows multiply the positions by {cost:.3f}"
+
+
 def test_full_context_gives_every_batch_the_full_window():
     assert {batch.context for batch in plan(context="full")} == {batching.FULL_CONTEXT}
 

@@ -107,6 +107,30 @@ def test_stock_generate_on_padded_features_gives_the_same_tokens(base, checkpoin
     assert got == expected.tolist()
 
 
+def test_a_batch_that_shrinks_gives_the_tokens_that_generate_gives(base, monkeypatch):
+    """The base is made to end its clips at different steps, and to want suppressed tokens."""
+    torch.manual_seed(3)
+    torch.nn.init.normal_(base.proj_out.weight, std=0.05)
+    base.generation_config.suppress_tokens = [5, 17]
+    base.generation_config.begin_suppress_tokens = [base.generation_config.eos_token_id, 30]
+    inputs, caps = features(12), [40 - i for i in range(12)]
+    options = {"languages": ["mr", "hi"] * 6, "task": "transcribe", "caps": caps}
+    shrunk = whisper.decode(base, inputs, **options)
+    monkeypatch.setattr(whisper, "_is_plain_greedy", lambda _config: False)
+    assert whisper.decode(base, inputs, **options) == shrunk
+    assert len({len(tokens) for tokens in shrunk}) > 3, "the clips end together"
+
+
+def test_feature_dropout_drops_whole_features_of_a_clip_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropped = whisper.FeatureDropout(0.25)(torch.ones(200, 7, 64))
+    assert (dropped == dropped[:, :1]).all()
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    plain = torch.ones(2, 3, 4)
+    assert whisper.FeatureDropout(0.25).eval()(plain) is plain
+
+
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_a_quantised_base_trains_its_adapter_in_float32(checkpoint, quantize):
     base = whisper.load_base(str(checkpoint), dtype=torch.float32, quantize=quantize)

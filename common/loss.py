@@ -1,0 +1,66 @@
+"""Cross entropy of label tokens without ever holding the logits of a whole batch.
+
+A batch's logits are the largest tensor of a Whisper step: 52,000 numbers a token. Here they are
+computed a few rows at a time, for the rows with a label only, and their gradient with them.
+
+Legend: N label tokens of a batch, n of them at once, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+
+ROWS_ON_CPU = 128  # n: 26 MB of logits, which the allocator reuses instead of returning
+ROWS_ON_GPU = 2048  # n: large enough to fill a GPU, 425 MB
+
+
+class TokenLossSum(torch.autograd.Function):
+    """Sum of the cross entropies of `hidden @ weight.T` against `targets`; `weight` is frozen.
+
+    The gradient of the loss by `hidden` is (softmax - one-hot) @ weight, known once the logits are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Args: hidden (N, D), weight (V, D), targets (N). Returns a float32 scalar."""
+        rows = ROWS_ON_CPU if hidden.device.type == "cpu" else ROWS_ON_GPU
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), rows):
+            piece = hidden[start : start + rows].to(weight.dtype)  # (n, D)
+            wanted = targets[start : start + rows]  # (n)
+            logits = torch.mm(piece, weight.T).float()  # (n, V)
+            logits -= logits.amax(dim=1, keepdim=True)
+            of_target = logits.gather(1, wanted[:, None])[:, 0]  # (n)
+            sums = logits.exp_().sum(dim=1)  # (n), logits are exponentials from here on
+            total += (sums.log() - of_target).sum()
+            if ctx.needs_input_grad[0]:
+                logits /= sums[:, None]
+                expected = torch.mm(logits.to(weight.dtype), weight)  # (n, D)
+                gradient[start : start + rows] = expected - weight[wanted]
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer.to(gradient.dtype), None, None
+
+
+def token_loss_sum(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, label_positions: torch.Tensor
+) -> torch.Tensor:
+    """Cross entropy summed over the label tokens of a batch.
+
+    Args:
+        hidden: (B, T, D) the decoder's last states.
+        weight: (V, D) of the projection to the vocabulary, which must be frozen.
+        labels: (B, T).
+        label_positions: (N) where in the flattened `labels` the label tokens are.
+    """
+    assert not (torch.is_grad_enabled() and weight.requires_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = hidden.flatten(0, 1)[label_positions]
+        return TokenLossSum.apply(rows, weight, labels.flatten()[label_positions])
