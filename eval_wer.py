@@ -51,7 +51,7 @@ class Config:
     split: str = "test"  # train, validation or test
     max_clips: int = 0  # score only the first so many clips; 0 scores all
     context: Context = "auto"  # window: auto follows each clip's length, full is 30 seconds
-    batch_seconds: float = 240.0  # seconds of window a batch
+    batch_seconds: float = 480.0  # seconds of window a batch
     num_beams: int = 1  # 1 decodes greedily
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it
     num_workers: int = 1  # processes that read audio ahead; 0 reads in the main one

@@ -1,0 +1,57 @@
+"""Run a command and know its wall clock and the peak memory of its whole process tree."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SAMPLE_SECONDS = 0.25
+SHOWN_LINES = 20  # of a failed command's output
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a command cost."""
+
+    seconds: float  # wall clock, start-up included
+    peak_memory_gib: float  # proportional set size of the tree: pages shared are counted once
+
+
+def run(words: Sequence[str], log: Path) -> Measured:
+    """Run `words` with this Python, its output into `log`.
+
+    Raises:
+        RuntimeError: it failed; the message ends with its last lines.
+    """
+    start, peak = time.perf_counter(), 0
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, *map(str, words)]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, _tree_bytes(process.pid))
+            time.sleep(SAMPLE_SECONDS)
+    if process.returncode:
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-SHOWN_LINES:])
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
+    return Measured(time.perf_counter() - start, peak / 2**30)
+
+
+def _tree_bytes(pid: int) -> int:
+    """Proportional set size of a process and all below it, now."""
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    return sum(_bytes(process) for process in tree)
+
+
+def _bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
