@@ -31,11 +31,18 @@ from transformers import PreTrainedTokenizerBase
 import eval_wer
 from common import batching, checkpoint, cli, labels, whisper
 from common.batching import Context, GlobalBatch, MicroBatch
-from common.collator import SpeechCollator, load_batches
+from common.collator import SpeechCollator, label_positions, load_batches
 from common.dataset import column, label_lengths, load_prepared
 from common.files import write_json
 from common.journal import Journal, log, log_text, open_journal
-from common.memory import peak_memory_gib
+from common.memory import (
+    MemoryPlan,
+    Weights,
+    device_memory_gib,
+    peak_memory_gib,
+    plan_memory,
+    predict_gib,
+)
 from common.recipe import recipe
 from eval_wer import DTYPES, Precision, Prediction
 
@@ -46,7 +53,7 @@ MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip whil
 # Options that a resumed run may change: none of them changes what is computed, but for rounding.
 FREE_ON_RESUME = {
     "output_dir", "resume", "num_workers", "log_every", "save_every", "eval_every", "wer_every",
-    "keep_checkpoints", "max_batch_seconds",
+    "keep_checkpoints", "max_batch_seconds", "memory_gib",
 }  # fmt: skip
 
 
@@ -62,7 +69,8 @@ class Config:
     num_epochs: int = 3  # passes over the training split
     max_steps: int = 0  # optimizer steps, instead of --num_epochs; 0 goes by epochs
     global_batch_size: int = 16  # clips an optimizer step, over all processes
-    max_batch_seconds: float = 120.0  # seconds of window a process computes at once
+    max_batch_seconds: float = 0.0  # window seconds a process computes at once; 0 fits the memory
+    memory_gib: float = 0.0  # memory of a process to be fitted; 0 takes what is free
     # ------ optimizer
     learning_rate: float = 1e-3  # peak, reached after warm-up
     warmup_ratio: float = 0.1  # share of all steps that the learning rate rises over
@@ -73,11 +81,12 @@ class Config:
     lora_rank: int = 32  # rank of the update
     lora_alpha: int = 64  # the update is scaled by alpha / rank
     lora_targets: str = "q_proj,v_proj"  # of q_proj,k_proj,v_proj,out_proj,fc1,fc2
-    lora_dropout: float = 0.05  # on the update's input
+    lora_dropout: float = 0.05  # on the update's input, by feature
+    lora_scope: str = "all"  # all, decoder, or top_K: the decoder and the encoder's last K layers
     # ------ base
     quantize: whisper.Quantize = "none"  # int8 or nf4 hold the base in 8 or 4 bits, to fit
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto takes accelerate launch's setting
-    gradient_checkpointing: bool = False  # less memory, a third more time
+    gradient_checkpointing: bool = False  # a third more time; set where one clip would not fit
     context: Context = "auto"  # window: auto follows the clips' length, full is 30 seconds
     # ------ once in a while
     eval_every: int = 100  # steps between validation losses
@@ -206,7 +215,7 @@ def validation_loss(
     return loss / tokens
 
 
-# ------ one step
+# ------ what a run carries
 
 
 @dataclass
@@ -221,39 +230,135 @@ class Totals:
     seconds: float = 0.0
 
 
+@dataclass
+class Run:
+    """What the occasional phases of a run need: evaluating, saving, logging."""
+
+    config: Config
+    accelerator: Accelerator
+    model: whisper.PeftModel  # unwrapped, but for mixed precision
+    optimizer: torch.optim.Optimizer
+    collate: SpeechCollator
+    tokenizer: PreTrainedTokenizerBase
+    validation: Dataset | None
+    prepared: dict[str, Any]  # preprocess.json
+    made: dict[str, Any]  # what lies beside each adapter: recipe, base, window
+    identity: dict[str, Any]
+    journal: Journal
+    output: Path
+    best: dict[str, float] | None  # step and eval_loss of adapter_best
+    num_parts: int = 1  # that each piece is cut in, after memory ran out
+
+    def validation_plan(self) -> list[MicroBatch]:
+        assert self.validation is not None
+        return batching.decode_plan(
+            column(self.validation, "seconds"),
+            batch_seconds=self.config.max_batch_seconds,
+            context=self.config.context,
+            label_lengths=label_lengths(self.validation) - 1,
+        )
+
+
+# ------ one step
+
+
+def split_rows(
+    inputs: dict[str, torch.Tensor], num_parts: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Cut collated inputs into as many parts, or a clip each where there are fewer clips."""
+    clips = len(inputs["labels"])
+    size = math.ceil(clips / num_parts)
+    for start in range(0, clips, size):
+        part = {
+            name: one[start : start + size]
+            for name, one in inputs.items()
+            if name != "label_positions"
+        }
+        yield part | {"label_positions": label_positions(part["labels"])}
+
+
 def train_step(
-    accelerator: Accelerator,
+    run: Run,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
     step: Step,
     collated: Iterator[dict[str, torch.Tensor]],
-    config: Config,
     totals: Totals,
 ) -> float:
     """Forward and backward over a step's pieces, one optimizer step; adds to `totals`.
 
-    The gradient is that of the summed loss over the global batch's token count. DDP averages over
-    processes, hence the factor.
+    Where a piece does not fit the GPU's memory, the step starts again with pieces half as large,
+    and so do all later steps: the same gradient but for rounding.
 
     Returns:
         The gradient norm before clipping; where that is not finite no step is taken.
     """
-    torch.manual_seed(step_seed(config, step.number, accelerator.process_index))
-    for i in range(len(step.pieces)):
-        start = time.perf_counter()
-        inputs = next(collated)
-        totals.wait_seconds += time.perf_counter() - start
-        last = i == len(step.pieces) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            loss = token_loss_sum(model, inputs)
-            totals.loss += loss.detach()
-            accelerator.backward(loss * (accelerator.num_processes / step.num_tokens))
+    accelerator, optimizer = run.accelerator, run.optimizer
+    torch.manual_seed(step_seed(run.config, step.number, accelerator.process_index))
+    loss_before, arrived = totals.loss.clone(), []
+    pieces = arriving(collated, totals, arrived)
+    while not accumulate(run, model, step, pieces, totals):
+        arrived += arriving(collated, totals, [])
+        if accelerator.num_processes > 1 or run.num_parts >= len(step.pieces[0].clips):
+            raise cli.UserError(
+                f"--max_batch_seconds {run.config.max_batch_seconds}: step {step.number + 1} does "
+                "not fit the GPU's memory: give fewer seconds, or --gradient_checkpointing true"
+            )
+        run.num_parts *= 2
+        accelerator.print(f"out of memory: pieces are cut in {run.num_parts} from here on")
+        optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        totals.loss = loss_before.clone()
+        pieces = iter(arrived)
     trainable = [one for group in optimizer.param_groups for one in group["params"]]
-    norm = float(accelerator.clip_grad_norm_(trainable, config.max_grad_norm))
+    norm = float(accelerator.clip_grad_norm_(trainable, run.config.max_grad_norm))
     if math.isfinite(norm) or accelerator.scaler is not None:  # the fp16 scaler skips by itself
         optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def arriving(
+    collated: Iterator[dict[str, torch.Tensor]],
+    totals: Totals,
+    arrived: list[dict[str, torch.Tensor]],
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a step's pieces, keep them in `arrived`, and count the time spent waiting for them."""
+    start = time.perf_counter()
+    for piece in collated:
+        totals.wait_seconds += time.perf_counter() - start
+        arrived.append(piece)
+        yield piece
+        start = time.perf_counter()
+
+
+def accumulate(
+    run: Run,
+    model: torch.nn.Module,
+    step: Step,
+    pieces: Iterator[dict[str, torch.Tensor]],
+    totals: Totals,
+) -> bool:
+    """Add up the gradients of a step's pieces; `False` where memory ran out on the way.
+
+    The gradient is that of the summed loss over the global batch's token count. DDP averages over
+    processes, hence the factor.
+    """
+    parts = (part for piece in pieces for part in split_rows(piece, run.num_parts))
+    count = sum(
+        math.ceil(len(piece.clips) / math.ceil(len(piece.clips) / run.num_parts))
+        for piece in step.pieces
+    )
+    scale = run.accelerator.num_processes / step.num_tokens
+    try:
+        for i in range(count):
+            inputs = next(parts)
+            with nullcontext() if i == count - 1 else run.accelerator.no_sync(model):
+                loss = token_loss_sum(model, inputs)
+                totals.loss += loss.detach()
+                run.accelerator.backward(loss * scale)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 # ------ main
@@ -269,12 +374,19 @@ def check(config: Config) -> None:
             f"--lora_targets {config.lora_targets}: {','.join(unknown)} is not in Whisper: "
             f"give some of {','.join(whisper.LORA_TARGETS)}"
         )
+    if not whisper.is_scope(config.lora_scope):
+        problems.append(
+            f"--lora_scope {config.lora_scope}: give all, decoder, or top_ and a number: top_2"
+        )
     for name in (
-        "num_epochs", "global_batch_size", "max_batch_seconds", "learning_rate", "lora_rank",
+        "num_epochs", "global_batch_size", "learning_rate", "lora_rank",
         "lora_alpha", "max_grad_norm", "eval_every", "save_every", "keep_checkpoints", "log_every",
     ):  # fmt: skip
         if getattr(config, name) <= 0:
             problems.append(f"--{name} {getattr(config, name)}: give a positive number")
+    for name in ("max_batch_seconds", "memory_gib"):
+        if getattr(config, name) < 0:
+            problems.append(f"--{name} {getattr(config, name)}: give a positive number, or 0")
     for name in ("warmup_ratio", "lora_dropout"):
         if not 0 <= getattr(config, name) < 1:
             problems.append(f"--{name} {getattr(config, name)}: give a share from 0 up to 1")
@@ -297,6 +409,38 @@ def check_labels(
     )
 
 
+def fit_memory(config: Config, accelerator: Accelerator, model: whisper.PeftModel) -> MemoryPlan:
+    """Choose the micro-batch that fits, or say what the one given by hand will take."""
+    device = accelerator.device
+    sizes = [(one.numel(), one.element_size(), one.requires_grad) for one in model.parameters()]
+    weights = Weights(
+        base=sum(numel * size for numel, size, trained in sizes if not trained),
+        trainable=sum(numel for numel, _, trained in sizes if trained),
+    )
+    options = {
+        "bytes_per_value": 4 if accelerator.mixed_precision == "no" else 2,
+        "device": device.type,
+    }
+    if config.max_batch_seconds:
+        predicted = predict_gib(
+            model.config, weights, seconds=config.max_batch_seconds,
+            checkpointing=config.gradient_checkpointing, **options,
+        )  # fmt: skip
+        return MemoryPlan(config.max_batch_seconds, config.gradient_checkpointing, predicted)
+    sharing = accelerator.num_processes if device.type == "cpu" else 1
+    memory_gib = config.memory_gib or device_memory_gib(device) / sharing
+    try:
+        return plan_memory(
+            model.config, weights, memory_gib=memory_gib,
+            checkpointing=config.gradient_checkpointing, **options,
+        )  # fmt: skip
+    except ValueError as error:
+        raise cli.UserError(
+            f"--memory_gib {memory_gib:.1f}: {error}: take a smaller --model, --quantize nf4, or a "
+            "device with more memory"
+        ) from error
+
+
 def not_finite(step: Step, dataset: Dataset, norm: float) -> cli.UserError:
     """The error that names the clips whose gradient is not finite."""
     ids = ", ".join(str(dataset[clip]["id"]) for clip in step.batch.clips)
@@ -308,34 +452,6 @@ def not_finite(step: Step, dataset: Dataset, norm: float) -> cli.UserError:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@dataclass
-class Run:
-    """What the occasional phases of a run need: evaluating, saving, logging."""
-
-    config: Config
-    accelerator: Accelerator
-    model: whisper.PeftModel  # unwrapped, but for mixed precision
-    optimizer: torch.optim.Optimizer
-    collate: SpeechCollator
-    tokenizer: PreTrainedTokenizerBase
-    validation: Dataset | None
-    prepared: dict[str, Any]  # preprocess.json
-    made: dict[str, Any]  # what lies beside each adapter: recipe, base, window
-    identity: dict[str, Any]
-    journal: Journal
-    output: Path
-    best: dict[str, float] | None  # step and eval_loss of adapter_best
-
-    def validation_plan(self) -> list[MicroBatch]:
-        assert self.validation is not None
-        return batching.decode_plan(
-            column(self.validation, "seconds"),
-            batch_seconds=self.config.max_batch_seconds,
-            context=self.config.context,
-            label_lengths=label_lengths(self.validation) - 1,
-        )
 
 
 def evaluate_loss(run: Run, step: int) -> None:
@@ -468,8 +584,11 @@ def main(config: Config) -> None:
         alpha=config.lora_alpha,
         targets=config.lora_targets.split(","),
         dropout=config.lora_dropout,
+        scope=config.lora_scope,
     )
-    if config.gradient_checkpointing:
+    memory = fit_memory(config, accelerator, adapted)
+    config = replace(config, max_batch_seconds=memory.max_batch_seconds)
+    if memory.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     trainable = [one for one in adapted.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -492,6 +611,11 @@ def main(config: Config) -> None:
         f"{config.global_batch_size} clips on {accelerator.num_processes} processes; "
         f"{sum(one.numel() for one in trainable):,} trainable parameters; "
         f"{accelerator.device.type}, {held}, base {config.quantize}"
+    )
+    say(
+        f"micro-batches of {memory.max_batch_seconds:g} s of window, "
+        f"{memory.predicted_gib:.1f} GiB at most by formula"
+        + (", gradient checkpointing" if memory.checkpointing else "")
     )
     totals = Totals(torch.zeros((), device=accelerator.device))
     if found:
@@ -517,7 +641,7 @@ def main(config: Config) -> None:
         rate = learning_rate(step.number, config, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        norm = train_step(accelerator, model, optimizer, step, collated, config, totals)
+        norm = train_step(run, model, step, collated, totals)
         skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
         if skipped > MAX_SKIPPED_STEPS or not (math.isfinite(norm) or skipped):
             raise not_finite(step, train, norm)

@@ -86,8 +86,13 @@ class SpeechCollator:
                 labels, self.pad_token_id, self.decoder_start_token_id
             ),
             "labels": labels,
-            "label_positions": (labels.flatten() != IGNORED).nonzero()[:, 0],  # (N)
+            "label_positions": label_positions(labels),
         }
+
+
+def label_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Where in flattened labels (B, T) the label tokens are: (N)."""
+    return (labels.flatten() != IGNORED).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

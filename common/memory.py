@@ -1,8 +1,42 @@
-"""How much memory this process took at its peak."""
+"""Memory of a training step: measured at its peak, and by formula before it runs.
 
+Legend: E, D layers of encoder and decoder, C encoder positions, S label tokens, w width.
+"""
+
+import os
 import resource
+from dataclasses import dataclass
 
 import torch
+from transformers import WhisperConfig
+
+from common.batching import FULL_CONTEXT, POSITIONS_PER_SECOND
+from common.loss import ROWS_ON_CPU, ROWS_ON_GPU
+
+USED_SHARE = 0.9  # of the device's free memory; the rest is for fragmentation
+CPU_SECONDS = 30.0  # on a CPU larger micro-batches are slower: they leave the caches
+GPU_SECONDS = 480.0  # above it a GPU gains nothing
+TOKENS_PER_SECOND = 24  # of labels, at most: Devanagari, read fast
+LIBRARIES_GIB = 0.75  # Python, torch, transformers and their like in a process on a CPU
+# Tensors of width w that a LoRA step keeps for its backward pass, with q_proj and v_proj adapted.
+# Layer of the encoder, a position: both normalisations' inputs, two inputs of the adapters, query,
+# key, value, the attention's output, and four for the feed-forward layer.
+KEPT_ENCODER = 12
+KEPT_CROSS = 3  # layer of the decoder, an encoder position: key, value, the adapter's input
+KEPT_DECODER = 18  # layer of the decoder, a token
+PASSING = 24  # tensors of width w that one layer's backward pass holds at once, a position
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes that do not depend on the batch."""
+
+    base: int  # as held: quantised, half or single precision
+    trainable: int  # parameters, not bytes; float32 with gradient and AdamW's two moments
+
+    @property
+    def bytes(self) -> int:
+        return self.base + 16 * self.trainable
 
 
 def peak_memory_gib() -> float:
@@ -10,3 +44,81 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def device_memory_gib(device: torch.device) -> float:
+    """GiB that a process may use: of the free GPU memory, or of the machine's available one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] * USED_SHARE / 2**30
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages * USED_SHARE / 2**30
+
+
+def predict_gib(
+    config: WhisperConfig,
+    weights: Weights,
+    *,
+    seconds: float,
+    bytes_per_value: int,
+    device: str,
+    checkpointing: bool = False,
+) -> float:
+    """Peak GiB of a LoRA training step over `seconds` of window in one micro-batch.
+
+    Args:
+        bytes_per_value: of activations, 4 in float32 and 2 in half precision.
+        device: "cpu" or "cuda".
+        checkpointing: each layer keeps its input only and is computed again.
+    """
+    positions = seconds * POSITIONS_PER_SECOND
+    tokens = seconds * TOKENS_PER_SECOND
+    width, enc, dec = config.d_model, config.encoder_layers, config.decoder_layers
+    if checkpointing:
+        kept = enc * positions + dec * tokens + (KEPT_ENCODER + KEPT_CROSS) * positions
+    else:
+        kept = (enc * KEPT_ENCODER + dec * KEPT_CROSS) * positions + dec * KEPT_DECODER * tokens
+    activations = (kept + PASSING * positions) * width * bytes_per_value
+    rows = min(ROWS_ON_CPU if device == "cpu" else ROWS_ON_GPU, tokens)
+    logits = 2 * rows * config.vocab_size * 4
+    libraries = LIBRARIES_GIB if device == "cpu" else 0.0
+    return (weights.bytes + activations + logits) / 2**30 + libraries
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a device is used."""
+
+    max_batch_seconds: float
+    checkpointing: bool
+    predicted_gib: float
+
+
+def plan_memory(
+    config: WhisperConfig,
+    weights: Weights,
+    *,
+    memory_gib: float,
+    bytes_per_value: int,
+    device: str,
+    checkpointing: bool = False,
+) -> MemoryPlan:
+    """The largest useful micro-batch whose predicted peak stays within `memory_gib`.
+
+    Whole windows of 30 seconds are counted, halving from what the kind of device gains from;
+    gradient checkpointing is a last resort, for devices that hold not even one clip without it.
+
+    Raises:
+        ValueError: not even that fits.
+    """
+    one_clip = FULL_CONTEXT / POSITIONS_PER_SECOND
+    for checkpointed in sorted({checkpointing, True}):
+        seconds = CPU_SECONDS if device == "cpu" else GPU_SECONDS
+        while seconds >= one_clip:
+            predicted = predict_gib(
+                config, weights, seconds=seconds, bytes_per_value=bytes_per_value, device=device,
+                checkpointing=checkpointed,
+            )  # fmt: skip
+            if predicted <= memory_gib:
+                return MemoryPlan(seconds, checkpointed, predicted)
+            seconds /= 2
+    raise ValueError(f"one clip takes {predicted:.1f} GiB of the {memory_gib:.1f} GiB given")

@@ -8,6 +8,7 @@ Legend: B batch, M mel bins, F frames (10 ms), C encoder positions (20 ms), D wi
 import functools
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -229,8 +230,12 @@ def add_lora(
     alpha: int,
     targets: Sequence[str],
     dropout: float,
+    scope: str = "all",
 ) -> PeftModel:
     """Wrap the base with fresh LoRA layers; only they are trainable, in float32.
+
+    Encoder layers below the first adapter run without a graph, because nothing in them or before
+    them needs a gradient.
 
     The task type stays unset: with SEQ_2_SEQ_LM PEFT passes `input_ids`, which Whisper refuses.
     """
@@ -238,7 +243,11 @@ def add_lora(
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         _keep_trainable_on_cpu(base)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout, bias="none"
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets) if scope == "all" else scoped_modules(base, targets, scope),
+        lora_dropout=dropout,
+        bias="none",
     )
     model = get_peft_model(base, config)
     for module in model.modules():
@@ -248,6 +257,33 @@ def add_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def is_scope(scope: str) -> bool:
+    """Whether `--lora_scope` has a meaning.
+
+    >>> is_scope("all"), is_scope("top_2"), is_scope("top_"), is_scope("top_0")
+    (True, True, False, False)
+    """
+    return scope in ("all", "decoder") or re.fullmatch(r"top_[1-9]\d*", scope) is not None
+
+
+def scoped_modules(
+    base: WhisperForConditionalGeneration, targets: Sequence[str], scope: str
+) -> list[str]:
+    """Full names of the modules that get an adapter, when not all targets do.
+
+    Args:
+        scope: "decoder", or "top_K": the decoder and the encoder's last K layers.
+    """
+    top = 0 if scope == "decoder" else int(scope.removeprefix("top_"))
+    first = base.config.encoder_layers - top
+    names = []
+    for name, _ in base.named_modules():
+        *path, last = name.split(".")  # model.encoder.layers.3.self_attn.q_proj
+        if last in targets and ("decoder" in path or int(path[3]) >= first):
+            names.append(name)
+    return names
 
 
 def load_adapter(base: WhisperForConditionalGeneration, adapter: str) -> PeftModel:

@@ -256,6 +256,65 @@ def test_checkpointing_changes_memory_and_not_the_loss(options, tmp_path):
     assert np.allclose(list(expected.values()), list(got.values()), rtol=1e-5)
 
 
+def test_memory_that_runs_out_halves_the_pieces_and_not_the_loss(
+    options, monkeypatch, tmp_path, capsys
+):
+    plain = options | {"lora_dropout": 0.0, "max_batch_seconds": 120.0, "eval_every": 100}
+    train(plain)
+    stock = train_lora.token_loss_sum
+
+    def fails_on_two_clips(model, inputs):
+        if model.training and len(inputs["labels"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(model, inputs)
+
+    monkeypatch.setattr(train_lora, "token_loss_sum", fails_on_two_clips)
+    halved = plain | {"output_dir": str(tmp_path / "halved")}
+    train(halved)
+    assert "pieces are cut in 4 from here on" in capsys.readouterr().out
+    expected, got = records(plain, "loss"), records(halved, "loss")
+    assert np.allclose(list(expected.values()), list(got.values()), rtol=1e-5)
+
+
+def test_memory_that_cannot_hold_one_clip_is_a_user_error(options, monkeypatch):
+    def fails(model, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_lora, "validation_loss", lambda *a: 0.0)
+    monkeypatch.setattr(train_lora, "token_loss_sum", fails)
+    with pytest.raises(cli.UserError, match=r"--max_batch_seconds .* step 1 does not fit"):
+        train(options)
+
+
+def test_the_memory_plan_is_said_and_a_size_given_by_hand_is_obeyed(options, capsys):
+    train(options | {"max_steps": 1})
+    assert "micro-batches of 30 s of window" in capsys.readouterr().out
+    train(options | {"max_steps": 1, "max_batch_seconds": 77.0, "resume": "never"})
+    assert "micro-batches of 77 s of window" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match=r"--memory_gib 0\.1: one clip takes"):
+        train(options | {"memory_gib": 0.1, "resume": "never"})
+
+
+@pytest.mark.parametrize("scope", ["decoder", "top_1"])
+def test_an_adapter_of_a_part_of_the_model_trains_and_is_scored(options, scope, tmp_path):
+    train(options | {"lora_scope": scope, "learning_rate": 1e-2})
+    losses = list(records(options, "loss").values())
+    assert losses[-1] < losses[0], losses
+    eval_wer.main(
+        eval_wer.Config(
+            model=options["model"], adapter=options["output_dir"] + "/adapter",
+            data_dir=options["data_dir"], output_dir=str(tmp_path / "wer"), num_workers=0,
+        )
+    )  # fmt: skip
+    scored = json.loads((tmp_path / "wer" / "wer.json").read_text(encoding="utf-8"))
+    assert scored["adapter"]["normalisers"]["raw"]["wer"] > 0
+
+
+def test_a_scope_without_meaning_is_refused(options):
+    with pytest.raises(cli.UserError, match="--lora_scope top_: give all, decoder"):
+        train(options | {"lora_scope": "top_"})
+
+
 # ------ resume
 
 

@@ -121,6 +121,27 @@ def test_a_batch_that_shrinks_gives_the_tokens_that_generate_gives(base, monkeyp
     assert len({len(tokens) for tokens in shrunk}) > 3, "the clips end together"
 
 
+@pytest.mark.parametrize(("scope", "encoder_layers"), [("decoder", []), ("top_1", [1])])
+def test_a_scope_adapts_the_decoder_and_the_last_encoder_layers(base, scope, encoder_layers):
+    model = whisper.add_lora(
+        base, rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.0, scope=scope
+    )
+    adapted = [name for name, one in model.named_parameters() if one.requires_grad]
+    of_encoder = {int(name.split(".")[5]) for name in adapted if ".encoder." in name}
+    assert sorted(of_encoder) == encoder_layers
+    of_decoder = {name.split(".")[5] for name in adapted if ".decoder." in name}
+    assert of_decoder == {"0", "1"}
+
+
+def test_a_frozen_encoder_keeps_no_graph(base):
+    model = whisper.add_lora(
+        base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0, scope="decoder"
+    )
+    assert not base.model.encoder(features(1)).last_hidden_state.requires_grad
+    tokens = torch.tensor([[257, 300, 5, 9]])
+    assert model(input_features=features(1), decoder_input_ids=tokens).logits.requires_grad
+
+
 def test_feature_dropout_drops_whole_features_of_a_clip_and_keeps_the_mean():
     torch.manual_seed(0)
     dropped = whisper.FeatureDropout(0.25)(torch.ones(200, 7, 64))
