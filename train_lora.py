@@ -33,6 +33,7 @@ from common import batching, checkpoint, cli, labels, whisper
 from common.batching import Context, GlobalBatch, MicroBatch
 from common.collator import SpeechCollator, label_positions, load_batches
 from common.dataset import column, label_lengths, load_prepared
+from common.encoder_cache import EncoderCache, finish, is_filled, make_room
 from common.files import write_json
 from common.journal import Journal, log, log_text, open_journal
 from common.memory import (
@@ -43,11 +44,12 @@ from common.memory import (
     plan_memory,
     predict_gib,
 )
+from common.progress import track
 from common.recipe import recipe
 from eval_wer import DTYPES, Precision, Prediction
 
 SANITY_BATCHES = 2  # validation batches whose loss is computed before training, to fail early
-SANITY_CLIPS = 2  # clips that are decoded before training
+SANITY_CLIPS = 2  # clips of each; those of the last batch are decoded too
 SHOWN_TEXTS = 5  # validation texts shown in TensorBoard
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip while it finds its scale
 # Options that a resumed run may change: none of them changes what is computed, but for rounding.
@@ -83,6 +85,7 @@ class Config:
     lora_targets: str = "q_proj,v_proj"  # of q_proj,k_proj,v_proj,out_proj,fc1,fc2
     lora_dropout: float = 0.05  # on the update's input, by feature
     lora_scope: str = "all"  # all, decoder, or top_K: the decoder and the encoder's last K layers
+    cache_encoder: bool = False  # keep the frozen encoder's outputs on disk; needs scope decoder
     # ------ base
     quantize: whisper.Quantize = "none"  # int8 or nf4 hold the base in 8 or 4 bits, to fit
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto takes accelerate launch's setting
@@ -133,7 +136,12 @@ class Step:
 
 
 def plan_epoch(
-    config: Config, accelerator: Accelerator, seconds: np.ndarray, lengths: np.ndarray, epoch: int
+    config: Config,
+    accelerator: Accelerator,
+    seconds: np.ndarray,
+    lengths: np.ndarray,
+    epoch: int,
+    cache: EncoderCache | None,
 ) -> list[Step]:
     """All steps of an epoch. The number of processes changes only `pieces`."""
     batches = batching.plan(
@@ -142,6 +150,7 @@ def plan_epoch(
         seed=config.seed,
         epoch=epoch,
         context=config.context,
+        windows=None if cache is None else cache.contexts,
     )
     return [
         Step(
@@ -169,15 +178,18 @@ def load_steps(
     *,
     first: int,
     total: int,
+    cache: EncoderCache | None = None,
 ) -> Iterator[tuple[Step, Iterator[dict[str, torch.Tensor]]]]:
     """Yield the steps from `first` up to `total` with an iterator over their collated pieces."""
     seconds, lengths = column(dataset, "seconds"), label_lengths(dataset) - 1  # start token is cut
     steps_per_epoch = math.ceil(len(dataset) / config.global_batch_size)
     for epoch in range(first // steps_per_epoch, math.ceil(total / steps_per_epoch)):
-        planned = plan_epoch(config, accelerator, seconds, lengths, epoch)
+        planned = plan_epoch(config, accelerator, seconds, lengths, epoch, cache)
         steps = [step for step in planned if first <= step.number < total]
         pieces = [piece for step in steps for piece in step.pieces]
-        collated = iter(load_batches(dataset, pieces, collate, num_workers=config.num_workers))
+        collated = iter(
+            load_batches(dataset, pieces, collate, num_workers=config.num_workers, cache=cache)
+        )
         for step in steps:
             yield step, (next(collated) for _ in step.pieces)
 
@@ -192,7 +204,9 @@ def token_loss_sum(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> t
         inputs: what SpeechCollator gives, on any device.
     """
     device = next(model.parameters()).device
-    return model(**{name: one.to(device, non_blocking=True) for name, one in inputs.items()})
+    moved = {name: one.to(device, non_blocking=True) for name, one in inputs.items()}
+    states = moved.pop("encoder_states", None)
+    return model(**moved, encoder_outputs=None if states is None else (states,))
 
 
 @torch.no_grad()
@@ -374,6 +388,11 @@ def check(config: Config) -> None:
             f"--lora_targets {config.lora_targets}: {','.join(unknown)} is not in Whisper: "
             f"give some of {','.join(whisper.LORA_TARGETS)}"
         )
+    if config.cache_encoder and config.lora_scope != "decoder":
+        problems.append(
+            f"--cache_encoder true: the encoder changes with --lora_scope {config.lora_scope}: "
+            "give --lora_scope decoder"
+        )
     if not whisper.is_scope(config.lora_scope):
         problems.append(
             f"--lora_scope {config.lora_scope}: give all, decoder, or top_ and a number: top_2"
@@ -441,6 +460,49 @@ def fit_memory(config: Config, accelerator: Accelerator, model: whisper.PeftMode
         ) from error
 
 
+@torch.no_grad()
+def cache_encoder(run: Run, train: Dataset, dtype: torch.dtype) -> EncoderCache:
+    """Compute the encoder's outputs of all training clips, or find them done."""
+    seconds, base = column(train, "seconds"), run.model.get_base_model()
+    windows = batching.cache_windows(seconds, run.config.context)
+    folder = run.output / "encoder_cache"
+    cache = EncoderCache(folder, windows, base.config.d_model, dtype)
+    identity = {
+        "model": run.config.model,
+        "base_probe": run.made["base_probe"],
+        "data_dir": run.identity["data_dir"],
+        "dtype": str(dtype),
+        "positions": int(windows.sum()),
+    }
+    filled, first = is_filled(cache, identity), run.accelerator.is_local_main_process
+    run.accelerator.wait_for_everyone()  # all have looked
+    run.accelerator.print(
+        f"encoder cache: {cache.num_bytes / 1e9:.2f} GB in {folder}"
+        + (", found complete" if filled else "")
+    )
+    if filled:
+        return cache
+    if first:
+        make_room(cache)
+    run.accelerator.wait_for_everyone()
+    batches = batching.window_plan(windows, batch_seconds=run.config.max_batch_seconds)
+    at, of = run.accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mine = batches[at::of]
+    loader = load_batches(train, mine, run.collate, num_workers=run.config.num_workers)
+    shown = track(loader, total=len(mine), what="encoding, batches", quiet=not first)
+    run.model.eval()
+    for batch, inputs in zip(mine, shown, strict=True):
+        with run.accelerator.autocast():
+            states = whisper.encode(base, inputs["input_features"])
+        cache.fill(batch, states)
+    run.model.train()
+    run.accelerator.wait_for_everyone()
+    if first:
+        finish(cache, identity)
+    run.accelerator.wait_for_everyone()
+    return cache
+
+
 def not_finite(step: Step, dataset: Dataset, norm: float) -> cli.UserError:
     """The error that names the clips whose gradient is not finite."""
     ids = ", ".join(str(dataset[clip]["id"]) for clip in step.batch.clips)
@@ -483,10 +545,10 @@ def transcribe_validation(run: Run, batches: Sequence[MicroBatch]) -> dict[str, 
 
 def try_validation(run: Run) -> None:
     """Run loss and decoding on the shortest batches, so that what fails in them fails early."""
-    batches = run.validation_plan()[-SANITY_BATCHES:]
+    shortest = run.validation_plan()[-SANITY_BATCHES:]
+    batches = [replace(batch, clips=batch.clips[:SANITY_CLIPS]) for batch in shortest]
     validation_loss(run.accelerator, run.model, run.validation, run.collate, batches)
-    few = replace(batches[-1], clips=batches[-1].clips[:SANITY_CLIPS])
-    transcribe_validation(run, [few])
+    transcribe_validation(run, batches[-1:])
 
 
 def evaluate_wer(run: Run, step: int) -> None:
@@ -629,12 +691,12 @@ def main(config: Config) -> None:
         say("no validation split: no validation loss, no adapter_best")
     else:
         try_validation(run)
-        evaluate_loss(run, 0)
 
     # ------ training
+    cache = cache_encoder(run, train, held) if config.cache_encoder else None
     skipped = 0
     steps = load_steps(
-        config, accelerator, train, run.collate, first=state["step"], total=total_steps
+        config, accelerator, train, run.collate, first=state["step"], total=total_steps, cache=cache
     )
     mark = time.perf_counter()
     for step, collated in steps:

@@ -6,7 +6,8 @@ the same clips pass in the same order on 1, 2 or 16 processes.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,10 @@ DECODE_FLOOR = 250  # never shorter than 5 seconds
 DECODE_MULTIPLE = 64  # a clip's window depends on the clip alone, so windows must repeat to batch
 
 LENGTH_BUCKET_SECONDS = 0.32  # clips within one bucket count as equally long and are shuffled
+
+# Windows of cached encoder outputs: a function of the clip alone.
+CACHE_MARGIN = 96  # the middle of TRAIN_MARGIN
+CACHE_MULTIPLE = 64  # windows must repeat to batch
 
 Context = Literal["auto", "full"]
 
@@ -90,6 +95,7 @@ def plan(
     seed: int,
     epoch: int,
     context: Context = "auto",
+    windows: np.ndarray | None = None,
 ) -> list[GlobalBatch]:
     """Order the clips of one epoch into global batches of similar length, each clip once.
 
@@ -99,18 +105,24 @@ def plan(
         seed, epoch: everything random is drawn from these two.
         context: "auto" gives each batch its longest clip plus a random margin, and a few the full
             window; "full" gives all the full window.
+        windows: (N,) positions of each clip's own window, for cached encoder outputs: clips of
+            equal windows meet, and a batch has its longest clip's window, without a random margin.
 
     Returns:
         Batches in the order of training.
     """
     random = np.random.default_rng((seed, epoch))
     shuffled = random.permutation(len(seconds))
-    buckets = np.floor(seconds[shuffled] / LENGTH_BUCKET_SECONDS)
+    lengths = np.floor(seconds / LENGTH_BUCKET_SECONDS) if windows is None else windows
+    buckets = lengths[shuffled]
     ordered = shuffled[np.argsort(buckets, kind="stable")]
     groups = [
         ordered[start : start + global_batch_size]
         for start in range(0, len(ordered), global_batch_size)
     ]
+    order = random.permutation(len(groups))
+    if windows is not None:
+        return [_batch(groups[i], int(windows[groups[i]].max())) for i in order]
     margins = random.integers(TRAIN_MARGIN[0], TRAIN_MARGIN[1] + 1, size=len(groups))
     contexts = [
         FULL_CONTEXT if context == "full" else _train_context(seconds[group].max(), int(margin))
@@ -120,8 +132,19 @@ def plan(
     num_full = int(share * len(groups) + random.random())  # exact on the average of many epochs
     for i in random.choice(len(groups), size=num_full, replace=False):
         contexts[i] = FULL_CONTEXT
-    order = random.permutation(len(groups))
-    return [GlobalBatch(tuple(int(clip) for clip in groups[i]), contexts[i]) for i in order]
+    return [_batch(groups[i], contexts[i]) for i in order]
+
+
+def _batch(group: np.ndarray, context: int) -> GlobalBatch:
+    return GlobalBatch(tuple(int(clip) for clip in group), context)
+
+
+def cache_windows(seconds: np.ndarray, context: Context) -> np.ndarray:
+    """Positions (N,) of the windows that encoder outputs of clips (N,) are cached at."""
+    if context == "full":
+        return np.full(len(seconds), FULL_CONTEXT)
+    wanted = (positions(float(one)) + CACHE_MARGIN for one in seconds)
+    return np.array([min(round_up(one, CACHE_MULTIPLE), FULL_CONTEXT) for one in wanted])
 
 
 def _train_context(longest_seconds: float, margin: int) -> int:
@@ -185,18 +208,29 @@ def decode_plan(
         label_lengths: (N,) tokens of each clip after the start token is cut, for a loss on these
             batches; without them no labels can be collated.
     """
-    contexts = [decode_context(float(length), context) for length in seconds]
+    contexts = np.array([decode_context(float(length), context) for length in seconds])
+    order = sorted(range(len(seconds)), key=lambda i: (-contexts[i], -seconds[i], i))
+    return [
+        replace(batch, label_length=int(label_lengths[list(batch.clips)].max()))
+        if label_lengths is not None
+        else batch
+        for batch in window_plan(contexts, batch_seconds=batch_seconds, order=order)
+    ]
+
+
+def window_plan(
+    windows: np.ndarray, *, batch_seconds: float, order: Sequence[int] | None = None
+) -> list[MicroBatch]:
+    """Batches, without labels, of clips that share one window.
+
+    Args:
+        windows: (N,) positions of each clip.
+        order: of the clips, longest window first; by default that of the windows alone.
+    """
     groups: list[list[int]] = []
-    for clip in sorted(range(len(seconds)), key=lambda i: (-contexts[i], -seconds[i], i)):
-        most = max(1, int(batch_seconds * POSITIONS_PER_SECOND / contexts[clip]))
-        if not groups or contexts[groups[-1][0]] != contexts[clip] or len(groups[-1]) >= most:
+    for clip in np.argsort(-windows, kind="stable").tolist() if order is None else order:
+        most = max(1, int(batch_seconds * POSITIONS_PER_SECOND / windows[clip]))
+        if not groups or windows[groups[-1][0]] != windows[clip] or len(groups[-1]) >= most:
             groups.append([])
         groups[-1].append(clip)
-    return [
-        MicroBatch(
-            tuple(group),
-            contexts[group[0]],
-            0 if label_lengths is None else int(label_lengths[group].max()),
-        )
-        for group in groups
-    ]
+    return [MicroBatch(tuple(group), int(windows[group[0]]), 0) for group in groups]

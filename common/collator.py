@@ -14,6 +14,7 @@ from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from common import audio
 from common.batching import MicroBatch
+from common.encoder_cache import EncoderCache
 
 IGNORED = -100  # label value that torch's cross entropy leaves out
 
@@ -59,9 +60,15 @@ class SpeechCollator:
         Raises:
             ValueError: a label row that does not begin with the start token.
         """
+        features = self.features(rows, context)
+        return features | (self.labels(rows, label_length) if label_length else {})
+
+    def features(
+        self, rows: Sequence[dict[str, Any] | None], context: int
+    ) -> dict[str, torch.Tensor]:
+        """input_features (B, M, F) at `context` positions."""
         shape = (len(rows), self.mel_filters.shape[1], 2 * context)
         features = torch.full(shape, audio.SILENCE_FLOOR)  # (B, M, F)
-        labels = torch.full((len(rows), label_length), IGNORED)  # (B, T)
         for i, row in enumerate(rows):
             if row is None:
                 continue
@@ -69,7 +76,15 @@ class SpeechCollator:
             natural = natural[:, : 2 * context]  # the context holds the clip but for rounding
             features[i] = audio.silence_value(natural)
             features[i, :, : natural.shape[1]] = natural
-            if not label_length:
+        return {"input_features": features}
+
+    def labels(
+        self, rows: Sequence[dict[str, Any] | None], label_length: int
+    ) -> dict[str, torch.Tensor]:
+        """labels (B, T), decoder_input_ids (B, T) and label_positions (N)."""
+        labels = torch.full((len(rows), label_length), IGNORED)  # (B, T)
+        for i, row in enumerate(rows):
+            if row is None:
                 continue
             tokens = row["labels"]
             if tokens[0] != self.decoder_start_token_id:
@@ -78,13 +93,9 @@ class SpeechCollator:
                     f"the start of transcript, {self.decoder_start_token_id}"
                 )
             labels[i, : len(tokens) - 1] = torch.tensor(tokens[1:])
-        if not label_length:
-            return {"input_features": features}
+        shifted = shift_tokens_right(labels, self.pad_token_id, self.decoder_start_token_id)
         return {
-            "input_features": features,
-            "decoder_input_ids": shift_tokens_right(
-                labels, self.pad_token_id, self.decoder_start_token_id
-            ),
+            "decoder_input_ids": shifted,
             "labels": labels,
             "label_positions": label_positions(labels),
         }
@@ -102,6 +113,7 @@ class MicroBatches:
     dataset: Dataset
     batches: Sequence[MicroBatch]
     collate: SpeechCollator
+    cache: EncoderCache | None = None  # whose states take the place of features where it can
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -109,6 +121,9 @@ class MicroBatches:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         batch = self.batches[index]
         rows = [None if clip is None else self.dataset[clip] for clip in batch.clips]
+        if self.cache is not None and self.cache.holds(batch):
+            states = {"encoder_states": self.cache.read(batch)}
+            return states | self.collate.labels(rows, batch.label_length)
         return self.collate(rows, context=batch.context, label_length=batch.label_length)
 
 
@@ -118,10 +133,11 @@ def load_batches(
     collate: SpeechCollator,
     *,
     num_workers: int,
+    cache: EncoderCache | None = None,
 ) -> Iterable[dict[str, torch.Tensor]]:
     """Collated batches in order, prepared ahead by `num_workers` processes."""
     return DataLoader(
-        MicroBatches(dataset, batches, collate),
+        MicroBatches(dataset, batches, collate, cache),
         batch_size=None,  # items are batches already
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),

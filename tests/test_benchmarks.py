@@ -88,5 +88,5 @@ def test_both_sides_run_and_every_figure_is_written(checkpoint, tmp_path):
     assert found["runs"]["recipe"][0]["prepare"]["clips"] == 20, "training and test clips"
     assert found["summary"]["disk"]["ratio"] > 5
     assert found["work"]["ours"]["bucket_padding_share"] < 0.5
-    with pytest.raises(cli.UserError, match="--output_dir .* exists"):
+    with pytest.raises(cli.UserError, match=r"--output_dir .* exists"):
         versus_recipe.main(config)

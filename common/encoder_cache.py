@@ -1,0 +1,105 @@
+"""Outputs of a frozen encoder, computed once for every clip and read back in every epoch.
+
+A clip's window is then a function of the clip alone, so that one output serves all epochs. Clips
+that meet longer ones in a batch get its window, and are encoded again.
+
+Legend: C encoder positions, D width.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.batching import MicroBatch
+from common.cli import UserError
+from common.files import write_json
+
+SPARE_SHARE = 0.05  # of the free disk, left for checkpoints and logs
+
+
+@dataclass
+class EncoderCache:
+    """States of all clips of a dataset in one file, clip after clip."""
+
+    folder: Path
+    contexts: np.ndarray  # (clips,) positions of each clip's own window
+    width: int  # D
+    dtype: torch.dtype
+
+    @property
+    def num_values(self) -> int:
+        return int(self.contexts.sum()) * self.width
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_values * self.dtype.itemsize
+
+    @cached_property
+    def _values(self) -> torch.Tensor:
+        """All states, memory-mapped; the file is made where it is missing."""
+        file = str(self.folder / "states.bin")
+        return torch.from_file(file, shared=True, size=self.num_values, dtype=self.dtype)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.contexts, dtype=np.int64)]) * self.width
+
+    def holds(self, batch: MicroBatch) -> bool:
+        """Whether all clips of a batch have its window as their own."""
+        return all(self.contexts[clip] == batch.context for clip in batch.clips if clip is not None)
+
+    def clip(self, clip: int) -> torch.Tensor:
+        """The states (C, D) of one clip, to read or to fill in."""
+        start, end = self._starts[clip], self._starts[clip + 1]
+        return self._values[start:end].view(-1, self.width)
+
+    def read(self, batch: MicroBatch) -> torch.Tensor:
+        """The states (B, C, D) of a batch that `holds`; zeros for filler."""
+        states = torch.zeros(len(batch.clips), batch.context, self.width, dtype=self.dtype)
+        for row, clip in enumerate(batch.clips):
+            if clip is not None:
+                states[row] = self.clip(clip)
+        return states
+
+    def fill(self, batch: MicroBatch, states: torch.Tensor) -> None:
+        """Store the states (B, C, D) of a batch that `holds`."""
+        for row, clip in enumerate(batch.clips):
+            self.clip(clip).copy_(states[row])
+
+
+def is_filled(cache: EncoderCache, identity: dict[str, Any]) -> bool:
+    """Whether a complete cache of the same clips and model is there."""
+    try:
+        told = json.loads((cache.folder / "cache.json").read_text(encoding="utf-8"))
+        size = (cache.folder / "states.bin").stat().st_size
+    except (OSError, ValueError):
+        return False
+    return told == identity and size == cache.num_bytes
+
+
+def make_room(cache: EncoderCache) -> None:
+    """Remove what is there, and refuse a cache that the disk has no room for.
+
+    Raises:
+        UserError: with the forecast and what is free.
+    """
+    shutil.rmtree(cache.folder, ignore_errors=True)
+    cache.folder.mkdir(parents=True)
+    free = shutil.disk_usage(cache.folder).free * (1 - SPARE_SHARE)
+    if cache.num_bytes > free:
+        cache.folder.rmdir()
+        raise UserError(
+            f"--cache_encoder true: takes {cache.num_bytes / 1e9:.2f} GB in {cache.folder.parent}, "
+            f"which has {free / 1e9:.2f} GB to spare: give another --output_dir, or false"
+        )
+
+
+def finish(cache: EncoderCache, identity: dict[str, Any]) -> None:
+    """Mark a cache whose clips are all filled in as complete."""
+    write_json(cache.folder / "cache.json", identity)
