@@ -89,7 +89,7 @@ class Config:
     # ------ base
     quantize: whisper.Quantize = "none"  # int8 or nf4 hold the base in 8 or 4 bits, to fit
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto takes accelerate launch's setting
-    gradient_checkpointing: bool = False  # a third more time; set where one clip would not fit
+    gradient_checkpointing: bool = False  # less memory, a third more time; by itself at need
     context: Context = "auto"  # window: auto follows the clips' length, full is 30 seconds
     # ------ once in a while
     eval_every: int = 100  # steps between validation losses
@@ -276,15 +276,26 @@ class Run:
 # ------ one step
 
 
+def part_starts(num_clips: int, num_parts: int) -> range:
+    """The first clip of each of so many parts, as even as can be, of a piece.
+
+    >>> list(part_starts(8, 2)), list(part_starts(3, 4))
+    ([0, 4], [0, 1, 2])
+    """
+    return range(0, num_clips, math.ceil(num_clips / num_parts))
+
+
 def split_rows(
     inputs: dict[str, torch.Tensor], num_parts: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Cut collated inputs into as many parts, or a clip each where there are fewer clips."""
-    clips = len(inputs["labels"])
-    size = math.ceil(clips / num_parts)
-    for start in range(0, clips, size):
+    if num_parts == 1:
+        yield inputs
+        return
+    starts = part_starts(len(inputs["labels"]), num_parts)
+    for start in starts:
         part = {
-            name: one[start : start + size]
+            name: one[start : start + starts.step]
             for name, one in inputs.items()
             if name != "label_positions"
         }
@@ -358,10 +369,7 @@ def accumulate(
     processes, hence the factor.
     """
     parts = (part for piece in pieces for part in split_rows(piece, run.num_parts))
-    count = sum(
-        math.ceil(len(piece.clips) / math.ceil(len(piece.clips) / run.num_parts))
-        for piece in step.pieces
-    )
+    count = sum(len(part_starts(len(piece.clips), run.num_parts)) for piece in step.pieces)
     scale = run.accelerator.num_processes / step.num_tokens
     try:
         for i in range(count):
@@ -485,7 +493,7 @@ def cache_encoder(run: Run, train: Dataset, dtype: torch.dtype) -> EncoderCache:
     if first:
         make_room(cache)
     run.accelerator.wait_for_everyone()
-    batches = batching.window_plan(windows, batch_seconds=run.config.max_batch_seconds)
+    batches = batching.window_plan(seconds, windows, batch_seconds=run.config.max_batch_seconds)
     at, of = run.accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine = batches[at::of]
     loader = load_batches(train, mine, run.collate, num_workers=run.config.num_workers)

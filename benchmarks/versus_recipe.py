@@ -41,7 +41,6 @@ class Config:
     max_steps: int = 0  # training steps of 8 clips; 0 is one epoch
     learning_rate: float = 1e-3  # peak
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto takes the faster on this machine
-    max_batch_seconds: float = 30.0  # our seconds of window a micro-batch
     context: batching.Context = "auto"  # our window in training; the recipe's is always full
 
 
@@ -98,7 +97,6 @@ def our_stages(config: Config, work: Path, precision: str, seed: int) -> dict[st
             "--global_batch_size", recipe.BATCH_SIZE, "--num_epochs", 1,
             "--max_steps", config.max_steps, "--precision", precision, "--seed", seed,
             "--learning_rate", config.learning_rate, "--context", config.context,
-            "--max_batch_seconds", config.max_batch_seconds,
             "--eval_every", 10**6, "--save_every", 10**6, "--num_workers", recipe.NUM_WORKERS,
         ],
     }  # fmt: skip
@@ -148,15 +146,12 @@ def training_speed(journal: Path, batch_size: int, data: Path) -> dict[str, Any]
     train = load_prepared(str(data))[0]["train"]
     ends = [min(line["step"] * batch_size, len(train)) for line in logged]
     clips = np.diff([0, *ends])
-    seconds = sum(n / line["clips_per_second"] for n, line in zip(clips, logged, strict=True))
-    wait = sum(
-        n / line["clips_per_second"] * line["data_wait_share"]
-        for n, line in zip(clips, logged, strict=True)
-    )
+    seconds = clips / [line["clips_per_second"] for line in logged]  # of each interval
+    waits = seconds * [line["data_wait_share"] for line in logged]
     return {
         "clips": int(clips.sum()),
-        "seconds": float(seconds),
-        "data_wait_share": float(wait / seconds),
+        "seconds": float(seconds.sum()),
+        "data_wait_share": float(waits.sum() / seconds.sum()),
         "steps": logged[-1]["step"],
     }
 

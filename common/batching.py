@@ -6,7 +6,6 @@ the same clips pass in the same order on 1, 2 or 16 processes.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -125,7 +124,9 @@ def plan(
         return [_batch(groups[i], int(windows[groups[i]].max())) for i in order]
     margins = random.integers(TRAIN_MARGIN[0], TRAIN_MARGIN[1] + 1, size=len(groups))
     contexts = [
-        FULL_CONTEXT if context == "full" else _train_context(seconds[group].max(), int(margin))
+        FULL_CONTEXT
+        if context == "full"
+        else _window(seconds[group].max(), int(margin), CONTEXT_MULTIPLE)
         for group, margin in zip(groups, margins, strict=True)
     ]
     share = min(FULL_SHARE, FULL_COST / max(FULL_CONTEXT / np.mean(contexts) - 1, FULL_COST))
@@ -143,12 +144,12 @@ def cache_windows(seconds: np.ndarray, context: Context) -> np.ndarray:
     """Positions (N,) of the windows that encoder outputs of clips (N,) are cached at."""
     if context == "full":
         return np.full(len(seconds), FULL_CONTEXT)
-    wanted = (positions(float(one)) + CACHE_MARGIN for one in seconds)
-    return np.array([min(round_up(one, CACHE_MULTIPLE), FULL_CONTEXT) for one in wanted])
+    return np.array([_window(float(one), CACHE_MARGIN, CACHE_MULTIPLE) for one in seconds])
 
 
-def _train_context(longest_seconds: float, margin: int) -> int:
-    return min(round_up(positions(longest_seconds) + margin, CONTEXT_MULTIPLE), FULL_CONTEXT)
+def _window(seconds: float, margin: int, multiple: int, floor: int = 0) -> int:
+    """Positions of a clip and a margin, at least `floor`, rounded up, at most the full window."""
+    return min(round_up(max(positions(seconds) + margin, floor), multiple), FULL_CONTEXT)
 
 
 def micro_batches(
@@ -190,8 +191,7 @@ def decode_context(seconds: float, context: Context) -> int:
     """
     if context == "full":
         return FULL_CONTEXT
-    wanted = max(positions(seconds) + DECODE_MARGIN, DECODE_FLOOR)
-    return min(round_up(wanted, DECODE_MULTIPLE), FULL_CONTEXT)
+    return _window(seconds, DECODE_MARGIN, DECODE_MULTIPLE, DECODE_FLOOR)
 
 
 def decode_plan(
@@ -209,26 +209,26 @@ def decode_plan(
             batches; without them no labels can be collated.
     """
     contexts = np.array([decode_context(float(length), context) for length in seconds])
-    order = sorted(range(len(seconds)), key=lambda i: (-contexts[i], -seconds[i], i))
+    batches = window_plan(seconds, contexts, batch_seconds=batch_seconds)
+    if label_lengths is None:
+        return batches
     return [
         replace(batch, label_length=int(label_lengths[list(batch.clips)].max()))
-        if label_lengths is not None
-        else batch
-        for batch in window_plan(contexts, batch_seconds=batch_seconds, order=order)
+        for batch in batches
     ]
 
 
 def window_plan(
-    windows: np.ndarray, *, batch_seconds: float, order: Sequence[int] | None = None
+    seconds: np.ndarray, windows: np.ndarray, *, batch_seconds: float
 ) -> list[MicroBatch]:
-    """Batches, without labels, of clips that share one window.
+    """Batches, without labels, of clips that share one window, longest clip first.
 
     Args:
-        windows: (N,) positions of each clip.
-        order: of the clips, longest window first; by default that of the windows alone.
+        seconds: (N,) length of each clip.
+        windows: (N,) positions of each clip; a longer clip never has fewer.
     """
     groups: list[list[int]] = []
-    for clip in np.argsort(-windows, kind="stable").tolist() if order is None else order:
+    for clip in np.argsort(-seconds, kind="stable").tolist():
         most = max(1, int(batch_seconds * POSITIONS_PER_SECOND / windows[clip]))
         if not groups or windows[groups[-1][0]] != windows[clip] or len(groups[-1]) >= most:
             groups.append([])

@@ -8,6 +8,7 @@ import launch
 import numpy as np
 import pytest
 import torch
+from training import records, small_options, train
 
 import eval_wer
 import train_lora
@@ -17,32 +18,15 @@ from common.collator import load_batches
 from common.dataset import column, label_lengths, load_prepared
 from common.encoder_cache import EncoderCache
 
-SMALL = {
-    "max_steps": 6,
-    "global_batch_size": 4,
-    "log_every": 1,
-    "eval_every": 100,
-    "lora_rank": 4,
-    "lora_alpha": 8,
-    "lora_scope": "decoder",
-    "cache_encoder": True,
-    "num_workers": 0,
-}
-
 
 @pytest.fixture
 def options(checkpoint, prepared, tmp_path):
-    folders = {"model": checkpoint, "data_dir": prepared, "output_dir": tmp_path / "run"}
-    return {name: str(path) for name, path in folders.items()} | SMALL
-
-
-def train(options):
-    train_lora.main(train_lora.Config(**options))
+    extra = {"eval_every": 100, "lora_scope": "decoder", "cache_encoder": True}
+    return small_options(checkpoint, prepared, tmp_path, **extra)
 
 
 def losses(options):
-    text = launch.Path(options["output_dir"], "metrics.jsonl").read_text(encoding="utf-8")
-    return [one["loss"] for one in map(json.loads, text.splitlines()) if "loss" in one]
+    return list(records(options, "loss").values())
 
 
 def test_a_batch_of_cached_states_has_the_loss_of_its_audio(checkpoint, prepared, tmp_path):

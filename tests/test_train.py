@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import SMALL, records, small_options, train
 from transformers import WhisperForConditionalGeneration
 
 import eval_wer
@@ -25,31 +26,10 @@ from common.batching import MicroBatch
 from common.collator import load_batches
 from common.dataset import label_lengths, load_prepared
 
-SMALL = {
-    "max_steps": 6,
-    "global_batch_size": 4,
-    "log_every": 1,
-    "save_every": 2,
-    "eval_every": 3,
-    "lora_rank": 4,
-    "lora_alpha": 8,
-    "num_workers": 0,
-}
-
 
 @pytest.fixture
 def options(checkpoint, prepared, tmp_path):
-    folders = {"model": checkpoint, "data_dir": prepared, "output_dir": tmp_path / "run"}
-    return {name: str(path) for name, path in folders.items()} | SMALL
-
-
-def train(options):
-    train_lora.main(train_lora.Config(**options))
-
-
-def records(options, key):
-    text = launch.Path(options["output_dir"], "metrics.jsonl").read_text(encoding="utf-8")
-    return {one["step"]: one[key] for one in map(json.loads, text.splitlines()) if key in one}
+    return small_options(checkpoint, prepared, tmp_path, save_every=2, eval_every=3)
 
 
 def read_json(options, name):
