@@ -17,22 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
-from common import cli, labels, metrics, whisper
-from common.batching import Context, MicroBatch, decode_plan
+from common import batching, cli, decoding, labels, metrics, whisper
+from common.batching import Context, DecodeBatch, DecodeWindow
 from common.collator import SpeechCollator, load_batches
 from common.dataset import column, load_prepared
 from common.files import write_json, write_text
-from common.memory import peak_memory_gib
+from common.memory import CAP_MARGIN, device_memory_gib, peak_memory_gib, plan_decoding
 from common.progress import track
 from common.recipe import recipe
 
-CAP_MARGIN = 1.25  # over the tokens a second that 99.9 % of the prepared clips stay below
 CAP_EXTRA = 16  # tokens on top, for clips so short that a rate says little
 WORST_CLIPS = 20
 
@@ -51,7 +51,7 @@ class Config:
     split: str = "test"  # train, validation or test
     max_clips: int = 0  # score only the first so many clips; 0 scores all
     context: Context = "auto"  # window: auto follows each clip's length, full is 30 seconds
-    batch_seconds: float = 480.0  # seconds of window a batch
+    batch_seconds: float = 0.0  # seconds of window a batch; 0 fits the memory
     num_beams: int = 1  # 1 decodes greedily
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it
     num_workers: int = 1  # processes that read audio ahead; 0 reads in the main one
@@ -89,10 +89,8 @@ def load_for_decoding(
 
 
 def collator_for(model: WhisperForConditionalGeneration) -> SpeechCollator:
-    """The collator that fits a model: its mel bins, its start token."""
-    return SpeechCollator(
-        whisper.mel_filters(model), model.config.decoder_start_token_id, model.config.pad_token_id
-    )
+    """The collator with a model's start token."""
+    return SpeechCollator(model.config.decoder_start_token_id, model.config.pad_token_id)
 
 
 def token_cap(seconds: float, tokens_per_second: float) -> int:
@@ -103,7 +101,7 @@ def token_cap(seconds: float, tokens_per_second: float) -> int:
     """
     return min(
         math.ceil(seconds * tokens_per_second * CAP_MARGIN) + CAP_EXTRA,
-        labels.MAX_LABELS - whisper.PROMPT_LENGTH,
+        labels.MAX_LABELS - decoding.PROMPT_LENGTH,
     )
 
 
@@ -111,7 +109,7 @@ def transcribe(
     model: WhisperForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
-    batches: Sequence[MicroBatch],
+    batches: Sequence[DecodeBatch],
     *,
     task: str,
     tokens_per_second: float,
@@ -130,9 +128,10 @@ def transcribe(
     for batch, inputs in zip(batches, collated, strict=True):
         clips = list(batch.clips)
         caps = [token_cap(float(seconds[clip]), tokens_per_second) for clip in clips]
-        decoded = whisper.decode(
+        decoded = decoding.decode(
             model,
-            inputs["input_features"],
+            inputs["waves"],
+            windows=batch.windows,
             languages=None if english_only else [str(languages[clip]) for clip in clips],
             task=task,
             caps=caps,
@@ -255,8 +254,8 @@ def check(config: Config) -> None:
         problems.append("--compare_base true needs an adapter to compare: give --adapter")
     if config.adapter and not Path(config.adapter).is_dir():
         problems.append(f"--adapter {config.adapter}: no such folder: give a trained adapter's")
-    if config.batch_seconds <= 0:
-        problems.append(f"--batch_seconds {config.batch_seconds}: give a positive number")
+    if config.batch_seconds < 0:
+        problems.append(f"--batch_seconds {config.batch_seconds}: give a positive number, or 0")
     if config.num_beams < 1:
         problems.append(f"--num_beams {config.num_beams}: give 1 or more")
     if problems:
@@ -274,17 +273,49 @@ def check_languages(config: Config, tokenizer: PreTrainedTokenizerBase, dataset:
         )
 
 
-def check_base(config: Config, model: WhisperForConditionalGeneration) -> None:
+def read_record(adapter: str) -> dict[str, Any] | None:
+    """What train_lora.py wrote beside an adapter; `None` for one trained elsewhere."""
+    record = Path(adapter) / "recipe.json"
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+
+
+def check_base(config: Config, record: dict[str, Any], model: torch.nn.Module) -> None:
     """Refuse an adapter whose own record says that it was trained on another base."""
-    record = Path(config.adapter) / "recipe.json"
-    if not record.is_file():  # trained elsewhere: shapes are all there is to compare
-        return
-    made = json.loads(record.read_text())
-    if not whisper.same_base(made["base_probe"], whisper.base_probe(model)):
+    if not whisper.same_base(record["base_probe"], whisper.base_probe(model)):
         raise cli.UserError(
-            f"--adapter {config.adapter}: was trained on {made['config']['model']}, whose weights "
-            f"are not those of --model {config.model}: give that base"
+            f"--adapter {config.adapter}: was trained on {record['config']['model']}, whose "
+            f"weights are not those of --model {config.model}: give that base"
         )
+
+
+def decode_window(record: dict[str, Any] | None) -> DecodeWindow:
+    """The decoding window of an adapter by its record; the wide one where nothing is known."""
+    return batching.UNTRAINED if record is None else batching.trained_window(record["window"])
+
+
+def plan_batches(
+    config: Config,
+    accelerator: Accelerator,
+    model: WhisperForConditionalGeneration,
+    seconds: np.ndarray,
+    window: DecodeWindow,
+) -> list[DecodeBatch]:
+    """Batches that fit the memory, as many for each process."""
+    device, of = accelerator.device, accelerator.num_processes
+    free_gib = device_memory_gib(device) / (of if device.type == "cpu" else 1)
+    fits = plan_decoding(
+        model.config,
+        memory_gib=free_gib,
+        bytes_per_value=model.dtype.itemsize,
+        num_beams=config.num_beams,
+    )
+    return batching.decode_plan(
+        seconds,
+        batch_seconds=config.batch_seconds or fits,
+        context=config.context,
+        window=window,
+        num_processes=of,
+    )
 
 
 def main(config: Config) -> None:
@@ -305,10 +336,9 @@ def main(config: Config) -> None:
     seconds = column(dataset, "seconds")
     tokenizer = labels.load_tokenizer(config.model)
     check_languages(config, tokenizer, dataset)
-    batches = decode_plan(seconds, batch_seconds=config.batch_seconds, context=config.context)
     say(
         f"{config.split}: {len(dataset)} clips, {seconds.sum() / 60:.1f} minutes, "
-        f"{len(batches)} batches, {accelerator.num_processes} processes"
+        f"{accelerator.num_processes} processes"
     )
 
     # ------ base and adapter
@@ -322,9 +352,17 @@ def main(config: Config) -> None:
             config.model, adapter, dtype=dtype_of(config.precision), device=accelerator.device
         )
         whisper.complete_generation_config(model, tokenizer)
-        if adapter:
-            check_base(config, model)
-        say(f"decoding with {adapter or config.model}, {config.context} window")
+        record = read_record(adapter) if adapter else None
+        if record is not None:  # of one trained elsewhere, shapes are all there is to compare
+            check_base(config, record, model)
+        window = decode_window(record)
+        batches = plan_batches(config, accelerator, model, seconds, window)
+        says = f" ({window.margin / batching.POSITIONS_PER_SECOND:.2f} s after the speech)"
+        say(
+            f"decoding with {adapter or config.model}, {config.context} window"
+            + (says if config.context == "auto" else "")
+            + f", {len(batches)} batches"
+        )
         start = time.perf_counter()
         mine = transcribe(
             model,

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 import eval_wer
 from common import batching, checkpoint, cli, labels, whisper
-from common.batching import Context, GlobalBatch, MicroBatch
+from common.batching import Context, DecodeBatch, GlobalBatch, MicroBatch
 from common.collator import SpeechCollator, label_positions, load_batches
 from common.dataset import column, label_lengths, load_prepared
 from common.encoder_cache import EncoderCache, finish, is_filled, make_room
@@ -50,6 +50,7 @@ from eval_wer import DTYPES, Precision, Prediction
 
 SANITY_BATCHES = 2  # validation batches whose loss is computed before training, to fail early
 SANITY_CLIPS = 2  # clips of each; those of the last batch are decoded too
+DECODE_FACTOR = 4  # seconds decoded at once over those trained on: without a graph they fit
 SHOWN_TEXTS = 5  # validation texts shown in TensorBoard
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip while it finds its scale
 # Options that a resumed run may change: none of them changes what is computed, but for rounding.
@@ -263,13 +264,27 @@ class Run:
     best: dict[str, float] | None  # step and eval_loss of adapter_best
     num_parts: int = 1  # that each piece is cut in, after memory ran out
 
-    def validation_plan(self) -> list[MicroBatch]:
-        assert self.validation is not None
+    def loss_plan(self) -> list[MicroBatch]:
+        """The validation clips in batches of one window, with labels."""
+        seconds, context = column(self.validation, "seconds"), self.config.context
+        windows = [
+            batching.decode_context(float(one), context, batching.TRAINED) for one in seconds
+        ]
+        return batching.window_plan(
+            seconds,
+            np.array(windows),
+            batch_seconds=self.config.max_batch_seconds,
+            label_lengths=label_lengths(self.validation) - 1,
+        )
+
+    def decode_plan(self) -> list[DecodeBatch]:
+        """The validation clips in batches to be decoded."""
         return batching.decode_plan(
             column(self.validation, "seconds"),
-            batch_seconds=self.config.max_batch_seconds,
+            batch_seconds=DECODE_FACTOR * self.config.max_batch_seconds,
             context=self.config.context,
-            label_lengths=label_lengths(self.validation) - 1,
+            window=batching.TRAINED,
+            num_processes=self.accelerator.num_processes,
         )
 
 
@@ -501,7 +516,7 @@ def cache_encoder(run: Run, train: Dataset, dtype: torch.dtype) -> EncoderCache:
     run.model.eval()
     for batch, inputs in zip(mine, shown, strict=True):
         with run.accelerator.autocast():
-            states = whisper.encode(base, inputs["input_features"])
+            states = whisper.encode(base, inputs["waves"])
         cache.fill(batch, states)
     run.model.train()
     run.accelerator.wait_for_everyone()
@@ -526,16 +541,14 @@ def _due(step: int, every: int) -> bool:
 
 def evaluate_loss(run: Run, step: int) -> None:
     """Log the validation loss; keep the adapter if it is the best so far."""
-    loss = validation_loss(
-        run.accelerator, run.model, run.validation, run.collate, run.validation_plan()
-    )
+    loss = validation_loss(run.accelerator, run.model, run.validation, run.collate, run.loss_plan())
     log(run.journal, {"step": step, "eval_loss": loss})
     if step and (run.best is None or loss < run.best["eval_loss"]):
         run.best = {"step": step, "eval_loss": loss}
         save_adapter(run, "adapter_best", step)
 
 
-def transcribe_validation(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Prediction]:
+def transcribe_validation(run: Run, batches: Sequence[DecodeBatch]) -> dict[str, Prediction]:
     """Decode batches of validation clips, shared out among the processes."""
     run.model.eval()
     with whisper.merged(run.model) as model:
@@ -553,15 +566,17 @@ def transcribe_validation(run: Run, batches: Sequence[MicroBatch]) -> dict[str, 
 
 def try_validation(run: Run) -> None:
     """Run loss and decoding on the shortest batches, so that what fails in them fails early."""
-    shortest = run.validation_plan()[-SANITY_BATCHES:]
+    shortest = run.loss_plan()[-SANITY_BATCHES:]
     batches = [replace(batch, clips=batch.clips[:SANITY_CLIPS]) for batch in shortest]
     validation_loss(run.accelerator, run.model, run.validation, run.collate, batches)
-    transcribe_validation(run, batches[-1:])
+    last = run.decode_plan()[-1]
+    few = DecodeBatch(last.clips[-SANITY_CLIPS:], last.windows[-SANITY_CLIPS:])
+    transcribe_validation(run, [few])
 
 
 def evaluate_wer(run: Run, step: int) -> None:
     """Log the validation word error rate, with a few texts for TensorBoard."""
-    predictions = transcribe_validation(run, run.validation_plan())
+    predictions = transcribe_validation(run, run.decode_plan())
     rates = eval_wer.score(run.validation, predictions, run.tokenizer)["normalisers"]
     record = {"step": step}
     for name in ("raw", "keep_marks"):

@@ -1,6 +1,6 @@
-"""Sound in, log-mel out: any container to 16 kHz mono, and a clip's features at its natural length.
+"""Sound in, log-mel out: any container to 16 kHz mono, and a batch's features at its own window.
 
-Legend: N samples, F frames (10 ms), M mel bins.
+Legend: B clips, N samples, F frames (10 ms), M mel bins.
 """
 
 import io
@@ -19,12 +19,10 @@ CHUNK_SECONDS = 30  # Whisper's window
 N_SAMPLES = CHUNK_SECONDS * SAMPLE_RATE  # 480,000 samples in a 30-second window
 N_FFT = 400  # 25 ms
 HOP_LENGTH = 160  # 10 ms, one frame
+SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the encoder halves the number of frames
 N_FRAMES = N_SAMPLES // HOP_LENGTH  # 3,000 frames in a 30-second window
 LOG_FLOOR = 1e-10  # power below which log10 is clamped
-DYNAMIC_RANGE = (
-    2.0  # a clip's features never lie further below its maximum: 8 decades, after (x + 4) / 4
-)
-SILENCE_FLOOR = -1.5  # (log10(LOG_FLOOR) + 4) / 4
+DYNAMIC_RANGE = 8.0  # decades that a clip's features reach below its maximum
 
 
 # ------ reading
@@ -194,8 +192,8 @@ def encode_flac(samples: np.ndarray) -> bytes:
 
 
 def decode_flac(data: bytes) -> np.ndarray:
-    """Decode what `encode_flac` wrote: float32 (N,) at 16 kHz."""
-    samples, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+    """Decode what `encode_flac` wrote: int16 (N,) at 16 kHz."""
+    samples, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     assert rate == SAMPLE_RATE and samples.ndim == 1, (rate, samples.shape)
     return samples
 
@@ -203,45 +201,26 @@ def decode_flac(data: bytes) -> np.ndarray:
 # ------ log-mel
 
 
-def num_frames(num_samples: int) -> int:
-    """Frames that a clip reaches into: two more than its own, for the width of the window.
+def log_mel(waves: torch.Tensor, mel_filters: torch.Tensor) -> torch.Tensor:
+    """Whisper's log-mel spectrograms of clips that are padded with zeros to one window.
 
-    >>> num_frames(16_000), num_frames(480_000)
-    (102, 3000)
-    """
-    return min(math.ceil(num_samples / HOP_LENGTH) + 2, N_FRAMES)
-
-
-def log_mel(samples: np.ndarray, mel_filters: np.ndarray) -> torch.Tensor:
-    """Whisper's log-mel spectrogram of a clip at its natural length.
-
-    Equal, frame for frame, to the first frames of the clip padded with zeros to 30 seconds; all
-    later frames of that are `silence_value` of the result. Anything after 30 seconds is cut.
+    Equal, frame for frame, to the first frames of the same clips padded to 30 seconds, silence
+    after the speech included: it is not 0.0, which is loud noise, but lies 8 decades below the
+    clip's maximum, or at the floor of the logarithm.
 
     Args:
-        samples: float32 (N,) at 16 kHz, at least one sample.
-        mel_filters: (1 + N_FFT // 2, M), as `WhisperFeatureExtractor.mel_filters` holds them.
+        waves: float32 (B, N) at 16 kHz, N a multiple of `HOP_LENGTH`, at most `N_SAMPLES`.
+        mel_filters: (M, 1 + N_FFT // 2), on the same device.
 
     Returns:
-        float32 (M, F), F = `num_frames(N)`.
+        float32 (B, M, F), F = N / HOP_LENGTH.
     """
-    frames = num_frames(len(samples))
-    wave = torch.from_numpy(np.ascontiguousarray(samples[:N_SAMPLES], dtype=np.float32))
-    # The last frame's window reaches up to N_FFT samples past the clip; a full 30 s needs none.
-    wave = torch.nn.functional.pad(wave, (0, min(N_FFT, N_SAMPLES - len(wave))))
-    spectrum = torch.stft(
-        wave, N_FFT, HOP_LENGTH, window=torch.hann_window(N_FFT), return_complex=True
-    )
-    power = spectrum[:, :frames].abs() ** 2  # (1 + N_FFT // 2, F)
-    mel = torch.from_numpy(np.ascontiguousarray(mel_filters.T, dtype=np.float32)) @ power  # (M, F)
-    log = mel.clamp(min=LOG_FLOOR).log10()
-    features = (log + 4.0) / 4.0
-    return features.clamp(min=features.max().item() - DYNAMIC_RANGE)
-
-
-def silence_value(features: torch.Tensor) -> float:
-    """What digital silence after the speech is in a clip's features (not 0.0, which is loud noise).
-
-    The floor of the dynamic range below the clip's maximum, or of the logarithm if that is higher.
-    """
-    return max(features.max().item() - DYNAMIC_RANGE, SILENCE_FLOOR)
+    frames = waves.shape[1] // HOP_LENGTH
+    if waves.shape[1] < N_SAMPLES:  # silence goes on; at 30 s stock mirrors the end, as stft does
+        waves = torch.nn.functional.pad(waves, (0, N_FFT))
+    window = torch.hann_window(N_FFT, device=waves.device)
+    spectrum = torch.stft(waves, N_FFT, HOP_LENGTH, window=window, return_complex=True)
+    power = spectrum[..., :frames].abs() ** 2  # (B, 1 + N_FFT // 2, F)
+    log = (mel_filters @ power).clamp(min=LOG_FLOOR).log10()  # (B, M, F)
+    log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - DYNAMIC_RANGE)
+    return (log + 4.0) / 4.0

@@ -6,7 +6,8 @@ the same clips pass in the same order on 1, 2 or 16 processes.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,25 +18,34 @@ CONTEXT_MULTIPLE = 8  # contexts are rounded up to it: tensor cores like it, and
 
 # Training windows end this many positions after the longest clip, drawn anew for every batch, so
 # that the model learns not to depend on where the window ends.
-TRAIN_MARGIN = (32, 160)
+TRAIN_MARGIN = (32, 96)
 # Batches at the full window, for runtimes that pad to 30 s: at most one in twenty, and so few that
-# they add no more than a tenth to the encoder's positions.
+# they add no more than this share to the encoder's positions.
 FULL_SHARE = 0.05
 FULL_COST = 0.1
-
-# Decoding windows: a model never trained on short windows loops when they end with the speech.
-# Loops seen in 8 runs of base models: 4 at +0 positions, 2 at +32, 1 at +64, 0 at +128.
-DECODE_MARGIN = 128
-DECODE_FLOOR = 250  # never shorter than 5 seconds
-DECODE_MULTIPLE = 64  # a clip's window depends on the clip alone, so windows must repeat to batch
 
 LENGTH_BUCKET_SECONDS = 0.32  # clips within one bucket count as equally long and are shuffled
 
 # Windows of cached encoder outputs: a function of the clip alone.
-CACHE_MARGIN = 96  # the middle of TRAIN_MARGIN
+CACHE_MARGIN = 64  # the middle of TRAIN_MARGIN
 CACHE_MULTIPLE = 64  # windows must repeat to batch
 
 Context = Literal["auto", "full"]
+
+
+@dataclass(frozen=True)
+class DecodeWindow:
+    """How much longer than a clip its decoding window is, in positions."""
+
+    margin: int
+    floor: int  # of the whole window
+
+
+# A model never trained on short windows loops when they end with the speech.
+# Loops seen in 8 runs of base models: 4 at +0 positions, 2 at +32, 1 at +64, 0 at +128.
+UNTRAINED = DecodeWindow(margin=128, floor=250)
+TRAINED = DecodeWindow(margin=64, floor=0)  # the middle of TRAIN_MARGIN
+DECODE_MULTIPLE = 64  # a clip's window depends on the clip alone, so windows must repeat to batch
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,22 @@ class MicroBatch:
     label_length: int  # T, tokens that label rows are padded to
 
 
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Clips that are decoded together, each at its own window."""
+
+    clips: tuple[int, ...]
+    windows: tuple[int, ...]  # positions of each
+
+    label_length = 0  # decoding has no labels
+
+    @property
+    def context(self) -> int:
+        return max(self.windows)
+
+
 def positions(seconds: float) -> int:
-    """Encoder positions that a clip reaches into: `audio.num_frames` of it, halved.
+    """Encoder positions that a clip reaches into: its frames, and two for the width of a frame.
 
     >>> positions(5.0), positions(30.0)
     (251, 1500)
@@ -79,8 +103,8 @@ def window_policy(context: Context) -> dict[str, object]:
         "train_margin": list(TRAIN_MARGIN),
         "train_full_share": FULL_SHARE,
         "train_full_cost": FULL_COST,
-        "decode_margin": DECODE_MARGIN,
-        "decode_floor": DECODE_FLOOR,
+        "decode_margin": TRAINED.margin,
+        "decode_floor": TRAINED.floor,
     }
 
 
@@ -183,15 +207,26 @@ def micro_batches(
 # ------ decoding
 
 
-def decode_context(seconds: float, context: Context) -> int:
+def trained_window(policy: Mapping[str, object]) -> DecodeWindow:
+    """The decoding window of an adapter that was trained under a `window_policy`."""
+    if policy["context"] == "full":
+        return UNTRAINED
+    return DecodeWindow(int(policy["decode_margin"]), int(policy["decode_floor"]))
+
+
+def decode_context(seconds: float, context: Context, window: DecodeWindow) -> int:
     """Encoder positions a clip is decoded with: a function of the clip alone, never of its batch.
 
-    >>> decode_context(1.0, "auto"), decode_context(5.0, "auto"), decode_context(5.0, "full")
-    (256, 384, 1500)
+    >>> [decode_context(seconds, "auto", UNTRAINED) for seconds in (1.0, 5.0)]
+    [256, 384]
+    >>> [decode_context(seconds, "auto", TRAINED) for seconds in (1.0, 5.0)]
+    [128, 320]
+    >>> decode_context(5.0, "full", TRAINED)
+    1500
     """
     if context == "full":
         return FULL_CONTEXT
-    return _window(seconds, DECODE_MARGIN, DECODE_MULTIPLE, DECODE_FLOOR)
+    return _window(seconds, window.margin, DECODE_MULTIPLE, window.floor)
 
 
 def decode_plan(
@@ -199,33 +234,43 @@ def decode_plan(
     *,
     batch_seconds: float,
     context: Context,
-    label_lengths: np.ndarray | None = None,
-) -> list[MicroBatch]:
-    """Batches of clips that share one window, longest first, of at most `batch_seconds` of window.
+    window: DecodeWindow,
+    num_processes: int = 1,
+) -> list[DecodeBatch]:
+    """Batches of similar clips, longest first, as even as can be, as many on each process.
 
     Args:
         seconds: (N,) length of each clip.
-        label_lengths: (N,) tokens of each clip after the start token is cut, for a loss on these
-            batches; without them no labels can be collated.
+        batch_seconds: of window in a batch; exceeded by at most one clip.
     """
-    contexts = np.array([decode_context(float(length), context) for length in seconds])
-    batches = window_plan(seconds, contexts, batch_seconds=batch_seconds)
-    if label_lengths is None:
-        return batches
+    order = np.argsort(-seconds, kind="stable")
+    windows = np.array([decode_context(float(seconds[clip]), context, window) for clip in order])
+    total = windows.sum()
+    most = batch_seconds * POSITIONS_PER_SECOND
+    number = round_up(math.ceil(total / most), num_processes)
+    at = (np.cumsum(windows) - windows / 2) * number // total  # of each clip's middle
+    found = (np.flatnonzero(at == batch) for batch in range(number))
     return [
-        replace(batch, label_length=int(label_lengths[list(batch.clips)].max()))
-        for batch in batches
+        DecodeBatch(tuple(order[rows].tolist()), tuple(windows[rows].tolist()))
+        for rows in found
+        if len(rows)
     ]
 
 
 def window_plan(
-    seconds: np.ndarray, windows: np.ndarray, *, batch_seconds: float
+    seconds: np.ndarray,
+    windows: np.ndarray,
+    *,
+    batch_seconds: float,
+    label_lengths: np.ndarray | None = None,
 ) -> list[MicroBatch]:
-    """Batches, without labels, of clips that share one window, longest clip first.
+    """Batches of clips that share one window, longest clip first.
 
     Args:
         seconds: (N,) length of each clip.
         windows: (N,) positions of each clip; a longer clip never has fewer.
+        label_lengths: (N,) tokens of each clip after the start token is cut, for a loss on these
+            batches; without them no labels can be collated.
     """
     groups: list[list[int]] = []
     for clip in np.argsort(-seconds, kind="stable").tolist():
@@ -233,4 +278,8 @@ def window_plan(
         if not groups or windows[groups[-1][0]] != windows[clip] or len(groups[-1]) >= most:
             groups.append([])
         groups[-1].append(clip)
-    return [MicroBatch(tuple(group), int(windows[group[0]]), 0) for group in groups]
+    longest = [0 if label_lengths is None else int(label_lengths[group].max()) for group in groups]
+    return [
+        MicroBatch(tuple(group), int(windows[group[0]]), length)
+        for group, length in zip(groups, longest, strict=True)
+    ]

@@ -1,19 +1,18 @@
-"""SpeechCollator: rows of the prepared dataset -> input_features (B, M, F), labels (B, T), and the
-decoder's inputs, which are the labels shifted right, and where in them label tokens are.
+"""SpeechCollator: rows of the prepared dataset -> waves (B, N), labels (B, T), and the decoder's
+inputs, which are the labels shifted right, and where in them label tokens are.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from common import audio
-from common.batching import MicroBatch
+from common.batching import DecodeBatch, MicroBatch
 from common.encoder_cache import EncoderCache
 
 IGNORED = -100  # label value that torch's cross entropy leaves out
@@ -21,22 +20,18 @@ IGNORED = -100  # label value that torch's cross entropy leaves out
 
 @dataclass(frozen=True)
 class SpeechCollator:
-    """Compute features of stored clips at the window of their batch, and pad their labels.
+    """Pad stored clips with silence to the window of their batch, and pad their labels.
 
-    After a clip's own frames come frames of digital silence: what Whisper would have computed from
-    zero-padded audio. Label rows lose their start token, which shifting right puts back before
-    them; padding is `IGNORED` by length, so the end token stays in the loss.
+    Features are computed by the model, on its device. Label rows lose their start token, which
+    shifting right puts back before them; padding is `IGNORED` by length, so the end token stays in
+    the loss.
 
     >>> import numpy as np
-    >>> from transformers import WhisperFeatureExtractor
-    >>> filters = WhisperFeatureExtractor(feature_size=80).mel_filters
-    >>> collate = SpeechCollator(filters, decoder_start_token_id=7, pad_token_id=9)
+    >>> collate = SpeechCollator(decoder_start_token_id=7, pad_token_id=9)
     >>> clip = {"audio": audio.encode_flac(np.zeros(16_000)), "labels": [7, 3, 4, 9]}
     >>> batch = collate([clip, None], context=160, label_length=5)
-    >>> batch["input_features"].shape
-    torch.Size([2, 80, 320])
-    >>> batch["input_features"][0, 0, :2].tolist()
-    [-1.5, -1.5]
+    >>> batch["waves"].shape
+    torch.Size([2, 51200])
     >>> batch["labels"].tolist()
     [[3, 4, 9, -100, -100], [-100, -100, -100, -100, -100]]
     >>> batch["decoder_input_ids"].tolist()
@@ -45,7 +40,6 @@ class SpeechCollator:
     [0, 1, 2]
     """
 
-    mel_filters: np.ndarray  # (1 + N_FFT // 2, M)
     decoder_start_token_id: int
     pad_token_id: int  # of decoder inputs; the same as the end token in every Whisper
 
@@ -60,23 +54,17 @@ class SpeechCollator:
         Raises:
             ValueError: a label row that does not begin with the start token.
         """
-        features = self.features(rows, context)
-        return features | (self.labels(rows, label_length) if label_length else {})
+        waves = self.waves(rows, context)
+        return waves | (self.labels(rows, label_length) if label_length else {})
 
-    def features(
-        self, rows: Sequence[dict[str, Any] | None], context: int
-    ) -> dict[str, torch.Tensor]:
-        """input_features (B, M, F) at `context` positions."""
-        shape = (len(rows), self.mel_filters.shape[1], 2 * context)
-        features = torch.full(shape, audio.SILENCE_FLOOR)  # (B, M, F)
+    def waves(self, rows: Sequence[dict[str, Any] | None], context: int) -> dict[str, torch.Tensor]:
+        """waves: int16 (B, N) at 16 kHz, N that of `context` positions."""
+        waves = torch.zeros(len(rows), context * audio.SAMPLES_PER_POSITION, dtype=torch.int16)
         for i, row in enumerate(rows):
-            if row is None:
-                continue
-            natural = audio.log_mel(audio.decode_flac(row["audio"]), self.mel_filters)
-            natural = natural[:, : 2 * context]  # the context holds the clip but for rounding
-            features[i] = audio.silence_value(natural)
-            features[i, :, : natural.shape[1]] = natural
-        return {"input_features": features}
+            if row is not None:
+                clip = torch.from_numpy(audio.decode_flac(row["audio"]))[: waves.shape[1]]
+                waves[i, : len(clip)] = clip  # the window holds the clip but for rounding
+        return {"waves": waves}
 
     def labels(
         self, rows: Sequence[dict[str, Any] | None], label_length: int
@@ -111,25 +99,30 @@ class MicroBatches:
     """The micro-batches of one process as a map-style dataset: item i is the i-th, collated."""
 
     dataset: Dataset
-    batches: Sequence[MicroBatch]
+    batches: Sequence[MicroBatch] | Sequence[DecodeBatch]
     collate: SpeechCollator
-    cache: EncoderCache | None = None  # whose states take the place of features where it can
+    cache: EncoderCache | None = None  # whose states take the place of waves where it can
+    label_rows: Dataset | None = None  # the dataset without audio, for batches that it holds
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         batch = self.batches[index]
-        rows = [None if clip is None else self.dataset[clip] for clip in batch.clips]
         if self.cache is not None and self.cache.holds(batch):
             states = {"encoder_states": self.cache.read(batch)}
-            return states | self.collate.labels(rows, batch.label_length)
+            return states | self.collate.labels(_rows(self.label_rows, batch), batch.label_length)
+        rows = _rows(self.dataset, batch)
         return self.collate(rows, context=batch.context, label_length=batch.label_length)
+
+
+def _rows(dataset: Dataset, batch: MicroBatch | DecodeBatch) -> list[dict[str, Any] | None]:
+    return [None if clip is None else dataset[clip] for clip in batch.clips]
 
 
 def load_batches(
     dataset: Dataset,
-    batches: Sequence[MicroBatch],
+    batches: Sequence[MicroBatch] | Sequence[DecodeBatch],
     collate: SpeechCollator,
     *,
     num_workers: int,
@@ -137,7 +130,7 @@ def load_batches(
 ) -> Iterable[dict[str, torch.Tensor]]:
     """Collated batches in order, prepared ahead by `num_workers` processes."""
     return DataLoader(
-        MicroBatches(dataset, batches, collate, cache),
+        MicroBatches(dataset, batches, collate, cache, dataset.select_columns(["id", "labels"])),
         batch_size=None,  # items are batches already
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -146,4 +139,4 @@ def load_batches(
 
 
 def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)  # features of one clip at a time gain nothing from more
+    torch.set_num_threads(1)  # what a worker does gains nothing from more

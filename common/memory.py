@@ -1,4 +1,4 @@
-"""Memory of a training step: measured at its peak, and by formula before it runs.
+"""Memory of a training step and of a decoded batch: measured at its peak, by formula before.
 
 Legend: E, D layers of encoder and decoder, C encoder positions, S label tokens, w width.
 """
@@ -16,6 +16,7 @@ from common.loss import ROWS_ON_CPU, ROWS_ON_GPU
 USED_SHARE = 0.9  # of the device's free memory; the rest is for fragmentation
 CPU_SECONDS = 30.0  # on a CPU larger micro-batches are slower: they leave the caches
 GPU_SECONDS = 480.0  # above it a GPU gains nothing
+CAP_MARGIN = 1.25  # of a clip's cap over the tokens that its duration can hold
 TOKENS_PER_SECOND = 24  # of labels, at most: Devanagari, read fast
 LIBRARIES_GIB = 0.55  # Python, torch, transformers and their like in a process on a CPU
 # What an allocator takes over what lives. CPU: glibc's, measured over 1 to 8 clips and two widths.
@@ -28,6 +29,8 @@ ALLOCATOR = {"cpu": 1.585, "cuda": 1.15}
 KEPT_ENCODER = 12
 KEPT_CROSS = 3  # layer of the decoder, an encoder position: key, value, the adapter's input
 KEPT_DECODER = 16  # layer of the decoder, a token
+DECODE_SECONDS = 960.0  # of window decoded at once; above it nothing is gained
+DECODE_SHARE = 0.5  # of the free memory, for keys and values; the rest is for what passes
 PASSING = 24  # tensors of width w that one layer's backward pass holds at once, a position
 
 
@@ -128,3 +131,15 @@ def plan_memory(
                 return MemoryPlan(seconds, checkpointed, predicted)
             seconds /= 2
     raise ValueError(f"one clip takes {predicted:.1f} GiB of the {memory_gib:.1f} GiB given")
+
+
+def plan_decoding(
+    config: WhisperConfig, *, memory_gib: float, bytes_per_value: int, num_beams: int = 1
+) -> float:
+    """Seconds of window that may be decoded at once: large batches stream the weights less often.
+
+    What a batch holds are the decoder's keys and values, of encoder positions and of tokens.
+    """
+    kept = POSITIONS_PER_SECOND + TOKENS_PER_SECOND * CAP_MARGIN  # a second
+    per_second = 2 * config.decoder_layers * config.d_model * bytes_per_value * kept * num_beams
+    return min(DECODE_SECONDS, memory_gib * DECODE_SHARE * 2**30 / per_second)

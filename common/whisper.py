@@ -1,4 +1,4 @@
-"""Whisper itself: load a base, run its encoder on a short window, add LoRA, decode a batch.
+"""Whisper itself: load a base, run its encoder on a short window, add LoRA, merge it.
 
 The only file that knows PEFT.
 
@@ -16,16 +16,12 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -34,8 +30,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
+from common import audio
 from common.cli import UserError
-from common.labels import MAX_LABELS
 from common.loss import token_loss_sum
 
 # PEFT imports bitsandbytes, which advises users of some CPUs to install one more package.
@@ -53,11 +49,7 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 
 Quantize = Literal["none", "int8", "nf4"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-PROMPT_LENGTH = 4  # start of transcript, language, task, no timestamps; English-only takes 2
-ENCODED_FRAMES = (
-    6000  # of 10 ms that decoding encodes at once: the encoder's memory, not the caches
-)
-SHRINK_AT = 0.8  # share of clips still going at which the others leave the decoder's batch
+ENCODED_SAMPLES = 60 * audio.SAMPLE_RATE  # encoded at once where no graph is kept
 BASE_PROBE_SIZE = 8  # weights kept beside an adapter to know its base again
 BASE_PROBE_TOLERANCE = 0.02  # covers a checkpoint stored in bfloat16
 
@@ -138,10 +130,39 @@ def _quantization(quantize: Quantize, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def mel_filters(model: WhisperForConditionalGeneration) -> np.ndarray:
-    """The filter bank (1 + N_FFT // 2, M) for the model's number of mel bins: 80, or 128."""
-    bins = model.config.num_mel_bins
-    return np.asarray(WhisperFeatureExtractor(feature_size=bins).mel_filters, dtype=np.float32)
+def complete_generation_config(
+    model: WhisperForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Give a checkpoint what old fine-tunes lack: the ids that language and task are asked with.
+
+    Prompts forced by an old configuration go: they would override the language asked for.
+    """
+    config, ids = model.generation_config, tokenizer.get_added_vocab()
+    config.forced_decoder_ids = None
+    if getattr(config, "lang_to_id", None) or "<|transcribe|>" not in ids:
+        return
+    first, last = ids["<|startoftranscript|>"] + 1, ids["<|translate|>"]
+    config.is_multilingual = True
+    config.lang_to_id = {name: at for name, at in ids.items() if first <= at < last}
+    config.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
+    config.no_timestamps_token_id = ids["<|notimestamps|>"]
+
+
+# ------ features
+
+
+@functools.cache
+def mel_filters(bins: int, device: torch.device) -> torch.Tensor:
+    """The filter bank (M, 1 + N_FFT // 2) of 80 or 128 mel bins."""
+    found = WhisperFeatureExtractor(feature_size=bins).mel_filters
+    return torch.tensor(found.T, dtype=torch.float32, device=device)
+
+
+def features(model: WhisperForConditionalGeneration, waves: torch.Tensor) -> torch.Tensor:
+    """Log-mel features (B, M, F) of int16 waves (B, N), on their device, in float32."""
+    with torch.autocast(waves.device.type, enabled=False):
+        filters = mel_filters(model.config.num_mel_bins, waves.device)
+        return audio.log_mel(waves.float() / 32_768, filters)
 
 
 # ------ encoder
@@ -178,14 +199,24 @@ def _encode(
     return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden))
 
 
+def encode(model: WhisperForConditionalGeneration, waves: torch.Tensor) -> torch.Tensor:
+    """Run the encoder over int16 waves (B, N), a few clips at a time: (B, C, D) on its device."""
+    weight = model.model.encoder.conv1.weight
+    size = max(1, ENCODED_SAMPLES // waves.shape[1])
+    pieces = (features(model, piece.to(weight.device)) for piece in waves.split(size))
+    encoded = (model.model.encoder(piece.to(weight.dtype)) for piece in pieces)
+    return torch.cat([one.last_hidden_state for one in encoded])
+
+
 # ------ loss
 
 
 def return_loss_sum(model: WhisperForConditionalGeneration) -> None:
-    """Let `model(..., labels=..., label_positions=...)` return the summed loss of its labels.
+    """Let `model(waves=..., labels=..., label_positions=...)` return the summed loss of its labels.
 
-    The stock loss is the mean over a micro-batch, which weighs tokens by their company, and needs
-    the logits of all positions at once. The call still goes through every wrapper.
+    Features of the waves are computed on the way, on the model's device. The stock loss is the
+    mean over a micro-batch, which weighs tokens by their company, and needs the logits of all
+    positions at once. The call still goes through every wrapper.
     """
     model.forward = MethodType(_forward, model)
 
@@ -197,6 +228,8 @@ def _forward(
     if kwargs.get("label_positions") is None:
         return WhisperForConditionalGeneration.forward(model, *args, **kwargs)
     labels, positions = kwargs.pop("labels"), kwargs.pop("label_positions")
+    if "waves" in kwargs:
+        kwargs["input_features"] = features(model, kwargs.pop("waves"))
     hidden = model.model(*args, **kwargs, use_cache=False).last_hidden_state  # (B, T, D)
     return token_loss_sum(hidden, model.proj_out.weight, labels, positions)
 
@@ -360,160 +393,3 @@ def merged(model: PeftModel) -> Iterator[WhisperForConditionalGeneration]:
         model.unmerge_adapter()
         for layer, weight in zip(layers, kept, strict=True):
             layer.get_base_layer().weight.data.copy_(weight)
-
-
-# ------ decoding
-
-
-def complete_generation_config(
-    model: WhisperForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Give a checkpoint what old fine-tunes lack: the ids that language and task are asked with.
-
-    Prompts forced by an old configuration go: they would override the language asked for.
-    """
-    config, ids = model.generation_config, tokenizer.get_added_vocab()
-    config.forced_decoder_ids = None
-    if getattr(config, "lang_to_id", None) or "<|transcribe|>" not in ids:
-        return
-    first, last = ids["<|startoftranscript|>"] + 1, ids["<|translate|>"]
-    config.is_multilingual = True
-    config.lang_to_id = {name: at for name, at in ids.items() if first <= at < last}
-    config.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
-    config.no_timestamps_token_id = ids["<|notimestamps|>"]
-
-
-class EndAtCap(LogitsProcessor):
-    """Force the end token on each row once it has as many new tokens as its own cap."""
-
-    def __init__(self, caps: torch.Tensor, prompt_length: int, end_token_id: int) -> None:
-        self.caps = caps  # (B,)
-        self.prompt_length = prompt_length
-        self.end_token_id = end_token_id
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Args: input_ids (B * beams, T) so far; scores (B * beams, vocabulary) of the next."""
-        caps = self.caps.repeat_interleave(len(input_ids) // len(self.caps))
-        at_cap = input_ids.shape[1] - self.prompt_length >= caps
-        forced = torch.full_like(scores, -math.inf)
-        forced[:, self.end_token_id] = 0.0
-        return torch.where(at_cap[:, None], forced, scores)
-
-
-@torch.inference_mode()
-def decode(
-    model: WhisperForConditionalGeneration,
-    input_features: torch.Tensor,
-    *,
-    languages: Sequence[str] | None,
-    task: str,
-    caps: Sequence[int],
-    num_beams: int = 1,
-) -> list[list[int]]:
-    """Transcribe a batch: encode once, then decode greedily or with beams.
-
-    Args:
-        input_features: (B, M, F) at any window.
-        languages: (B) codes; `None` for an English-only model, which takes neither them nor a task.
-        caps: (B) most new tokens of each clip, so that one looping clip ends by itself.
-
-    Returns:
-        (B) lists of text tokens, prompt and end token cut. One as long as its cap hit it.
-    """
-    encoded = encode(model, input_features)
-    if num_beams == 1 and _is_plain_greedy(model.generation_config):
-        return _greedy(model, encoded, _prompts(model, languages, task, len(caps)), caps)
-    end = model.generation_config.eos_token_id
-    prompt = {} if languages is None else {"language": list(languages), "task": task}
-    prompt_length = 2 if languages is None else PROMPT_LENGTH
-    tokens = model.generate(
-        encoder_outputs=BaseModelOutput(encoded),
-        return_timestamps=False,
-        num_beams=num_beams,
-        max_new_tokens=min(max(caps) + 1, MAX_LABELS - prompt_length),
-        logits_processor=LogitsProcessorList(
-            [EndAtCap(torch.tensor(caps, device=encoded.device), prompt_length, end)]
-        ),
-        **prompt,
-    )
-    return [_text_tokens(row, end) for row in tokens.tolist()]
-
-
-def encode(model: WhisperForConditionalGeneration, input_features: torch.Tensor) -> torch.Tensor:
-    """Run the encoder over a batch (B, M, F), a few clips at a time: (B, C, D) on its device."""
-    weight = model.model.encoder.conv1.weight
-    size = max(1, ENCODED_FRAMES // input_features.shape[-1])
-    pieces = (piece.to(weight.device, weight.dtype) for piece in input_features.split(size))
-    return torch.cat([model.model.encoder(piece).last_hidden_state for piece in pieces])
-
-
-def _text_tokens(row: list[int], end_token_id: int) -> list[int]:
-    """Cut a generated row at its end token."""
-    return row[: row.index(end_token_id)] if end_token_id in row else row
-
-
-def _is_plain_greedy(config: GenerationConfig) -> bool:
-    """Whether a checkpoint asks for nothing that only `generate` knows."""
-    penalty, ngrams = config.repetition_penalty, config.no_repeat_ngram_size
-    return penalty in (None, 1.0) and not ngrams and not config.do_sample
-
-
-def _prompts(
-    model: WhisperForConditionalGeneration, languages: Sequence[str] | None, task: str, clips: int
-) -> torch.Tensor:
-    """The tokens (B, P) that decoding starts from, as `generate` makes them."""
-    config = model.generation_config
-    start, no_timestamps = config.decoder_start_token_id, config.no_timestamps_token_id
-    if languages is None:
-        rows = [[start, no_timestamps]] * clips
-    else:
-        asked = (config.lang_to_id[f"<|{code}|>"] for code in languages)
-        rows = [[start, language, config.task_to_id[task], no_timestamps] for language in asked]
-    return torch.tensor(rows, device=model.device)
-
-
-def _greedy(
-    model: WhisperForConditionalGeneration,
-    encoded: torch.Tensor,
-    tokens: torch.Tensor,
-    caps: Sequence[int],
-) -> list[list[int]]:
-    """The tokens that `generate` gives, from a batch that shrinks as clips end.
-
-    Args:
-        encoded: (B, C, D).
-        tokens: (B, P) prompts.
-    """
-    config, texts = model.generation_config, [[] for _ in caps]
-    never = torch.tensor(config.suppress_tokens or [], dtype=torch.long, device=tokens.device)
-    not_first = torch.tensor(
-        config.begin_suppress_tokens or [], dtype=torch.long, device=tokens.device
-    )
-    clips, going = list(range(len(caps))), set(range(len(caps)))  # rows of the batch; not ended
-    cache = None
-    while going:
-        output = model.model.decoder(
-            input_ids=tokens, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True
-        )
-        scores = model.proj_out(output.last_hidden_state[:, -1])  # (B, V)
-        scores[:, never] = -math.inf
-        if cache is None:
-            scores[:, not_first] = -math.inf
-        cache = output.past_key_values
-        tokens = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
-        for clip, token in zip(clips, tokens[:, 0].tolist(), strict=True):
-            if clip not in going:
-                continue
-            if token == config.eos_token_id:
-                going.remove(clip)
-                continue
-            texts[clip].append(token)
-            if len(texts[clip]) == caps[clip]:
-                going.remove(clip)
-        if going and len(going) <= SHRINK_AT * len(clips):
-            rows = torch.tensor([i for i, clip in enumerate(clips) if clip in going])
-            rows = rows.to(tokens.device)
-            cache.batch_select_indices(rows)
-            tokens, encoded = tokens[rows], encoded[rows]
-            clips = [clip for clip in clips if clip in going]
-    return texts

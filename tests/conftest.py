@@ -12,7 +12,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers import WhisperForConditionalGeneration  # noqa: E402
+
+from common import whisper  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +38,20 @@ def prepared(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("prepared")
     source = tiny.make_corpus(folder / "source", clips={"train": 21, "validation": 5, "test": 7})
     return tiny.prepare(source, checkpoint, folder / "data")
+
+
+@pytest.fixture
+def base(checkpoint: Path) -> WhisperForConditionalGeneration:
+    """That Whisper, loaded."""
+    return whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def adapted(base: WhisperForConditionalGeneration) -> PeftModel:
+    """A LoRA model whose adapter is not zero, as after training."""
+    torch.manual_seed(1)
+    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()

@@ -36,10 +36,10 @@ def test_a_window_holds_its_longest_clip_and_a_margin():
 def test_a_few_per_cent_of_batches_have_the_full_window():
     contexts = [batch.context for epoch in range(8) for batch in plan(epoch)]
     share = contexts.count(batching.FULL_CONTEXT) / len(contexts)
-    assert 0.02 < share < 0.06, f"{share:.3f} of the batches are full"
+    assert 0.01 < share < 0.06, f"{share:.3f} of the batches are full"
 
 
-def test_full_windows_add_no_more_than_a_tenth_however_short_the_clips():
+def test_full_windows_add_no_more_than_their_share_however_short_the_clips():
     short = SECONDS / 4
     options = {"global_batch_size": 8, "seed": 3}
     plans = [batching.plan(short, epoch=epoch, **options) for epoch in range(20)]
@@ -47,7 +47,9 @@ def test_full_windows_add_no_more_than_a_tenth_however_short_the_clips():
     natural = [context for context in contexts if context < batching.FULL_CONTEXT]
     assert len(natural) < len(contexts), "no batch has the full window"
     cost = np.mean(contexts) / np.mean(natural)
-    assert 1.0 < cost < 1.13, f"full windows multiply the positions by {cost:.3f}"
+    assert 1.0 < cost < 1 + 1.3 * batching.FULL_COST, (
+        f"full windows multiply the positions by {cost:.3f}"
+    )
 
 
 def test_full_context_gives_every_batch_the_full_window():
@@ -90,25 +92,61 @@ def test_micro_batches_obey_the_seconds_they_may_hold():
             assert held <= 40.0 or len(micro.clips) == 1
 
 
-def test_positions_are_half_the_frames_that_the_features_have():
+def test_positions_hold_every_frame_that_a_clip_reaches_into():
     for samples in (1_600, 16_000, 33_333, 100_001, 480_000):
-        frames = audio.num_frames(samples)
-        assert abs(batching.positions(samples / audio.SAMPLE_RATE) - frames / 2) <= 0.5
+        held = batching.positions(samples / audio.SAMPLE_RATE) * audio.SAMPLES_PER_POSITION
+        needed = min(samples + audio.N_FFT // 2, audio.N_SAMPLES)
+        assert needed <= held < needed + 2 * audio.SAMPLES_PER_POSITION
 
 
-def test_a_decoding_window_depends_on_the_clip_alone():
-    for batch_seconds in (10.0, 300.0):
-        batches = batching.decode_plan(SECONDS, batch_seconds=batch_seconds, context="auto")
-        clips = [clip for batch in batches for clip in batch.clips]
-        assert sorted(clips) == list(range(len(SECONDS)))
-        for batch in batches:
-            own = {batching.decode_context(SECONDS[clip], "auto") for clip in batch.clips}
-            assert own == {batch.context}
+@pytest.mark.parametrize("num_processes", [1, 3])
+@pytest.mark.parametrize("batch_seconds", [1.0, 10.0, 300.0])
+def test_a_decoding_window_depends_on_the_clip_alone(batch_seconds, num_processes):
+    window = batching.TRAINED
+    batches = batching.decode_plan(
+        SECONDS, batch_seconds=batch_seconds, context="auto", window=window,
+        num_processes=num_processes,
+    )  # fmt: skip
+    clips = [clip for batch in batches for clip in batch.clips]
+    assert sorted(clips) == list(range(len(SECONDS)))
+    for batch in batches:
+        own = tuple(batching.decode_context(SECONDS[clip], "auto", window) for clip in batch.clips)
+        assert own == batch.windows
+
+
+def test_decoding_batches_are_even_and_as_many_on_each_process():
+    batches = batching.decode_plan(
+        SECONDS, batch_seconds=300.0, context="auto", window=batching.TRAINED, num_processes=4
+    )
+    held = [sum(batch.windows) / batching.POSITIONS_PER_SECOND for batch in batches]
+    assert len(batches) % 4 == 0
+    assert max(held) < 1.1 * min(held)
+    assert max(held) < 300 + batches[0].context / batching.POSITIONS_PER_SECOND
+
+
+def test_a_loss_plan_has_one_window_a_batch():
+    windows = batching.cache_windows(SECONDS, "auto")
+    plan = batching.window_plan(SECONDS, windows, batch_seconds=60.0, label_lengths=LENGTHS)
+    assert sorted(clip for batch in plan for clip in batch.clips) == list(range(len(SECONDS)))
+    for batch in plan:
+        assert {windows[clip] for clip in batch.clips} == {batch.context}
+        assert batch.label_length == LENGTHS[list(batch.clips)].max()
 
 
 def test_a_decoding_window_leaves_the_margin_that_keeps_base_models_from_looping():
+    window = batching.UNTRAINED
     for seconds in SECONDS:
-        context = batching.decode_context(seconds, "auto")
-        assert context >= batching.positions(seconds) + batching.DECODE_MARGIN
-        assert context >= batching.DECODE_FLOOR
-    assert batching.decode_context(29.0, "auto") == batching.FULL_CONTEXT
+        context = batching.decode_context(seconds, "auto", window)
+        assert context >= batching.positions(seconds) + window.margin
+        assert context >= window.floor
+    assert batching.decode_context(29.0, "auto", window) == batching.FULL_CONTEXT
+
+
+def test_an_adapter_is_decoded_at_the_windows_it_was_trained_for():
+    assert batching.trained_window(batching.window_policy("auto")) == batching.TRAINED
+    assert batching.trained_window(batching.window_policy("full")) == batching.UNTRAINED
+    low, high = batching.TRAIN_MARGIN
+    for seconds in SECONDS:
+        margin = batching.decode_context(seconds, "auto", batching.TRAINED)
+        margin -= batching.positions(seconds)
+        assert low <= batching.TRAINED.margin <= margin < high + batching.DECODE_MULTIPLE

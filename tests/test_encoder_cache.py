@@ -39,10 +39,10 @@ def test_a_batch_of_cached_states_has_the_loss_of_its_audio(checkpoint, prepared
     collate = eval_wer.collator_for(model)
     with torch.no_grad():
         (heard,) = load_batches(split, [batch], collate, num_workers=0)
-        states = whisper.encode(model, heard["input_features"])
+        states = whisper.encode(model, heard["waves"])
         cache.fill(MicroBatch(tuple(same), batch.context, 0), states)
         (read,) = load_batches(split, [batch], collate, num_workers=0, cache=cache)
-        assert "input_features" not in read
+        assert "waves" not in read
         expected = train_lora.token_loss_sum(model, heard)
         assert train_lora.token_loss_sum(model, read).item() == pytest.approx(
             expected.item(), rel=1e-6

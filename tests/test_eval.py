@@ -149,7 +149,7 @@ def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_p
         ({"data_dir": "nowhere"}, "--data_dir nowhere"),
         ({"split": "dev"}, "--split dev: "),
         ({"adapter": ""}, "--compare_base true needs an adapter"),
-        ({"batch_seconds": 0.0}, "--batch_seconds 0.0: give a positive number"),
+        ({"batch_seconds": -1.0}, "--batch_seconds -1.0: give a positive number, or 0"),
     ],
 )
 def test_each_mistake_names_option_value_and_remedy(options, wrong, message):

@@ -1,31 +1,13 @@
-"""The model: stock results at 30 seconds, short windows, LoRA, merging, token caps."""
+"""The model: stock results at 30 seconds, short windows, LoRA, merging."""
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel
+from tiny import features
 from transformers import WhisperForConditionalGeneration
 
-from common import cli, whisper
-
-
-@pytest.fixture
-def base(checkpoint):
-    return whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def adapted(base):
-    """A LoRA model whose adapter is not zero, as after training."""
-    torch.manual_seed(1)
-    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-def features(clips=3, frames=600):
-    return torch.randn(clips, 80, frames, generator=torch.Generator().manual_seed(0))
+from common import cli, decoding, whisper
 
 
 def logits(model, inputs):
@@ -56,13 +38,6 @@ def test_a_short_window_is_the_stock_encoder_with_a_shorter_position_table(base,
     assert torch.equal(got, expected)
 
 
-def test_merged_and_unmerged_adapters_decode_the_same_tokens(adapted):
-    options = {"languages": ["mr"] * 3, "task": "transcribe", "caps": [12, 20, 30]}
-    unmerged = whisper.decode(adapted.get_base_model(), features(), **options)
-    with whisper.merged(adapted) as plain:
-        assert whisper.decode(plain, features(), **options) == unmerged
-
-
 def test_merging_for_a_while_gives_the_weights_back_bit_for_bit(adapted):
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     with whisper.merged(adapted):
@@ -83,42 +58,6 @@ def test_only_lora_parameters_are_trainable(adapted):
     trainable = [name for name, one in adapted.named_parameters() if one.requires_grad]
     assert trainable
     assert all("lora_" in name for name in trainable)
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_each_clip_ends_at_its_own_cap_whatever_its_neighbours_may_take(base, num_beams):
-    options = {"task": "transcribe", "num_beams": num_beams}
-    together = whisper.decode(
-        base, features(), languages=["mr", "mr", "mr"], caps=[3, 7, 25], **options
-    )
-    alone = [
-        whisper.decode(base, features()[i : i + 1], languages=["mr"], caps=[cap], **options)[0]
-        for i, cap in enumerate([3, 7, 25])
-    ]
-    assert together == alone
-    assert [len(tokens) for tokens in together] == [3, 7, 25], "a random model never ends early"
-
-
-def test_stock_generate_on_padded_features_gives_the_same_tokens(base, checkpoint):
-    stock = WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    inputs = features(2, 3000)
-    expected = stock.generate(inputs, language="mr", task="transcribe", max_new_tokens=15)
-    got = whisper.decode(base, inputs, languages=["mr"] * 2, task="transcribe", caps=[15, 15])
-    assert got == expected.tolist()
-
-
-def test_a_batch_that_shrinks_gives_the_tokens_that_generate_gives(base, monkeypatch):
-    """The base is made to end its clips at different steps, and to want suppressed tokens."""
-    torch.manual_seed(3)
-    torch.nn.init.normal_(base.proj_out.weight, std=0.05)
-    base.generation_config.suppress_tokens = [5, 17]
-    base.generation_config.begin_suppress_tokens = [base.generation_config.eos_token_id, 30]
-    inputs, caps = features(12), [40 - i for i in range(12)]
-    options = {"languages": ["mr", "hi"] * 6, "task": "transcribe", "caps": caps}
-    shrunk = whisper.decode(base, inputs, **options)
-    monkeypatch.setattr(whisper, "_is_plain_greedy", lambda _config: False)
-    assert whisper.decode(base, inputs, **options) == shrunk
-    assert len({len(tokens) for tokens in shrunk}) > 3, "the clips end together"
 
 
 @pytest.mark.parametrize(("scope", "encoder_layers"), [("decoder", []), ("top_1", [1])])
@@ -163,7 +102,9 @@ def test_a_quantised_base_trains_its_adapter_in_float32(checkpoint, quantize):
     model(input_features=features(2), decoder_input_ids=tokens).logits.float().sum().backward()
     grads = [one.grad for name, one in model.named_parameters() if "lora_B" in name]
     assert all(grad.dtype == torch.float32 and grad.abs().sum() > 0 for grad in grads)
-    whisper.decode(base.eval(), features(1), languages=["mr"], task="transcribe", caps=[3])
+    decoding.decode(
+        base.eval(), tiny.waves(1), windows=[300], languages=["mr"], task="transcribe", caps=[3]
+    )
 
 
 def test_a_model_that_is_not_there_is_a_user_error_naming_the_option(tmp_path):
@@ -174,8 +115,6 @@ def test_a_model_that_is_not_there_is_a_user_error_naming_the_option(tmp_path):
 
 
 def test_an_adapter_that_does_not_fit_is_a_user_error(adapted, tmp_path, tmp_path_factory):
-    import tiny
-
     adapted.save_pretrained(tmp_path / "adapter")
     wider = tiny.make_checkpoint(tmp_path_factory.mktemp("wider"), width=96)
     base = whisper.load_base(str(wider), dtype=torch.float32)

@@ -132,3 +132,15 @@ def prepare(source: Path, checkpoint: Path, output: Path) -> Path:
     words = {name: str(path) for name, path in options.items()}
     preprocess.main(preprocess.Config(**words, language="mr", num_workers=1))
     return output
+
+
+def features(clips: int = 3, frames: int = 600) -> torch.Tensor:
+    """Random input features (B, 80, F)."""
+    return torch.randn(clips, 80, frames, generator=torch.Generator().manual_seed(0))
+
+
+def waves(clips: int = 3, positions: int = 300) -> torch.Tensor:
+    """Noise, a clip louder than the next: int16 (B, N)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(clips, 320 * positions, generator=generator)
+    return (noise * 3_000 / (1 + torch.arange(clips))[:, None]).to(torch.int16)

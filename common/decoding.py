@@ -1,0 +1,284 @@
+"""Whisper's tokens of a batch of clips, greedily or with beams, each clip at its own window.
+
+Greedy decoding has a loop of its own: clips of different windows go on together, keys and values
+are written in place, and clips that have ended leave the batch. Its tokens are `generate`'s.
+
+Legend: B clips, N samples, C encoder positions (20 ms), D width, T tokens,
+H heads of width d, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as attend
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    WhisperForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoderLayer
+
+from common.audio import SAMPLES_PER_POSITION
+from common.labels import MAX_LABELS
+from common.whisper import encode
+
+PROMPT_LENGTH = 4  # start of transcript, language, task, no timestamps; English-only takes 2
+SHRINK_AT = 0.8  # share of clips still going at which the others leave the batch
+
+
+@torch.inference_mode()
+def decode(
+    model: WhisperForConditionalGeneration,
+    waves: torch.Tensor,
+    *,
+    windows: Sequence[int],
+    languages: Sequence[str] | None,
+    task: str,
+    caps: Sequence[int],
+    num_beams: int = 1,
+) -> list[list[int]]:
+    """Transcribe a batch: encode once, then decode greedily or with beams.
+
+    Args:
+        waves: int16 (B, N); what lies after a clip's window is not looked at.
+        windows: (B) encoder positions that each clip is given.
+        languages: (B) codes; `None` for an English-only model, which takes neither them nor a task.
+        caps: (B) most new tokens of each clip, so that one looping clip ends by itself.
+
+    Returns:
+        (B) lists of text tokens, prompt and end token cut. One as long as its cap hit it.
+    """
+    encoded = encode_windows(model, waves, windows)
+    if num_beams == 1 and _is_plain_greedy(model.generation_config):
+        return _greedy(model, encoded, _prompts(model, languages, task, len(caps)), caps)
+    texts: list[list[int]] = [[] for _ in caps]
+    for rows, states in encoded:
+        found = _generate(
+            model,
+            states,
+            languages=None if languages is None else [languages[row] for row in rows],
+            task=task,
+            caps=[caps[row] for row in rows],
+            num_beams=num_beams,
+        )
+        for row, tokens in zip(rows, found, strict=True):
+            texts[row] = tokens
+    return texts
+
+
+def encode_windows(
+    model: WhisperForConditionalGeneration, waves: torch.Tensor, windows: Sequence[int]
+) -> list[tuple[list[int], torch.Tensor]]:
+    """Encode clips of equal windows together: their rows, and their states (rows, C, D)."""
+    groups = []
+    for window in sorted(set(windows)):
+        rows = [row for row, one in enumerate(windows) if one == window]
+        groups.append((rows, encode(model, waves[rows, : window * SAMPLES_PER_POSITION])))
+    return groups
+
+
+# ------ beams, and what only `generate` knows
+
+
+class EndAtCap(LogitsProcessor):
+    """Force the end token on each row once it has as many new tokens as its own cap."""
+
+    def __init__(self, caps: torch.Tensor, prompt_length: int, end_token_id: int) -> None:
+        self.caps = caps  # (B,)
+        self.prompt_length = prompt_length
+        self.end_token_id = end_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Args: input_ids (B * beams, T) so far; scores (B * beams, vocabulary) of the next."""
+        caps = self.caps.repeat_interleave(len(input_ids) // len(self.caps))
+        at_cap = input_ids.shape[1] - self.prompt_length >= caps
+        forced = torch.full_like(scores, -math.inf)
+        forced[:, self.end_token_id] = 0.0
+        return torch.where(at_cap[:, None], forced, scores)
+
+
+def _generate(
+    model: WhisperForConditionalGeneration,
+    encoded: torch.Tensor,
+    *,
+    languages: Sequence[str] | None,
+    task: str,
+    caps: Sequence[int],
+    num_beams: int,
+) -> list[list[int]]:
+    """The library's own decoding of clips of one window, (B, C, D)."""
+    end = model.generation_config.eos_token_id
+    prompt = {} if languages is None else {"language": list(languages), "task": task}
+    prompt_length = 2 if languages is None else PROMPT_LENGTH
+    tokens = model.generate(
+        encoder_outputs=BaseModelOutput(encoded),
+        return_timestamps=False,
+        num_beams=num_beams,
+        max_new_tokens=min(max(caps) + 1, MAX_LABELS - prompt_length),
+        logits_processor=LogitsProcessorList(
+            [EndAtCap(torch.tensor(caps, device=encoded.device), prompt_length, end)]
+        ),
+        **prompt,
+    )
+    return [row[: row.index(end)] if end in row else row for row in tokens.tolist()]
+
+
+def _is_plain_greedy(config: GenerationConfig) -> bool:
+    """Whether a checkpoint asks for nothing that only `generate` knows."""
+    penalty, ngrams = config.repetition_penalty, config.no_repeat_ngram_size
+    return penalty in (None, 1.0) and not ngrams and not config.do_sample
+
+
+# ------ greedy
+
+
+def _prompts(
+    model: WhisperForConditionalGeneration, languages: Sequence[str] | None, task: str, clips: int
+) -> torch.Tensor:
+    """The tokens (B, P) that decoding starts from, as `generate` makes them."""
+    config = model.generation_config
+    start, no_timestamps = config.decoder_start_token_id, config.no_timestamps_token_id
+    if languages is None:
+        rows = [[start, no_timestamps]] * clips
+    else:
+        asked = (config.lang_to_id[f"<|{code}|>"] for code in languages)
+        rows = [[start, language, config.task_to_id[task], no_timestamps] for language in asked]
+    return torch.tensor(rows, device=model.device)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one decoder layer, for clips in the order of their windows."""
+
+    keys: torch.Tensor  # (B, H, T, d), with room for all tokens
+    values: torch.Tensor
+    heard: list[tuple[torch.Tensor, torch.Tensor]]  # of the encoder's states: (clips, H, C, d) each
+
+    def keep(self, rows: list[int], length: int) -> None:
+        """Let only the clips `rows` go on, of whose tokens `length` are known."""
+        self.keys, self.values = (_keep(one, rows, length) for one in (self.keys, self.values))
+        heard, start = [], 0
+        for keys, values in self.heard:
+            own = [row - start for row in rows if 0 <= row - start < len(keys)]
+            start += len(keys)
+            if len(own) == len(keys):
+                heard.append((keys, values))
+            elif own:
+                heard.append((keys[own], values[own]))
+        self.heard = heard
+
+
+def _keep(old: torch.Tensor, rows: list[int], length: int) -> torch.Tensor:
+    """Some clips of a cache (B, H, T, d) with its room, without copying the empty part."""
+    new = old.new_empty((len(rows), *old.shape[1:]))
+    new[:, :, :length] = old[rows, :, :length]
+    return new
+
+
+def _heads(x: torch.Tensor, attention: WhisperAttention) -> torch.Tensor:
+    """(B, T, D) -> (B, H, T, d)."""
+    return x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+
+
+def _new_cache(layer: WhisperDecoderLayer, encoded: list[torch.Tensor], room: int) -> LayerCache:
+    """Keys and values of the encoder's states, and room for those of `room` tokens."""
+    attention = layer.encoder_attn
+    heard = [
+        (
+            _heads(attention.k_proj(states), attention).contiguous(),
+            _heads(attention.v_proj(states), attention).contiguous(),
+        )
+        for states in encoded
+    ]
+    clips = sum(len(states) for states in encoded)
+    shape = (clips, attention.num_heads, room, attention.head_dim)
+    return LayerCache(encoded[0].new_empty(shape), encoded[0].new_empty(shape), heard)
+
+
+def _queries(attention: WhisperAttention, hidden: torch.Tensor) -> torch.Tensor:
+    """(B, H, T, d) of hidden (B, T, D), scaled where the stock model scales them."""
+    return _heads(attention.q_proj(hidden) * attention.scaling, attention)
+
+
+def _join(attention: WhisperAttention, found: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) of what the heads found, (B, H, T, d)."""
+    return attention.out_proj(found.transpose(1, 2).flatten(2))
+
+
+def _next_scores(
+    model: WhisperForConditionalGeneration,
+    tokens: torch.Tensor,
+    caches: list[LayerCache],
+    at: int,
+) -> torch.Tensor:
+    """Scores (B, V) of what follows tokens (B, T), the first of which is the text's `at`-th."""
+    decoder, end = model.model.decoder, at + tokens.shape[1]
+    hidden = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[at:end]
+    for layer, cache in zip(decoder.layers, caches, strict=True):
+        own, other = layer.self_attn, layer.encoder_attn
+        normal = layer.self_attn_layer_norm(hidden)
+        cache.keys[:, :, at:end] = _heads(own.k_proj(normal), own)
+        cache.values[:, :, at:end] = _heads(own.v_proj(normal), own)
+        known = cache.keys[:, :, :end], cache.values[:, :, :end]
+        found = attend(_queries(own, normal), *known, scale=1.0, is_causal=at == 0)
+        hidden = hidden + _join(own, found)
+
+        normal = layer.encoder_attn_layer_norm(hidden)
+        parts = _queries(other, normal).split([len(keys) for keys, _ in cache.heard])
+        heard = zip(parts, cache.heard, strict=True)
+        found = torch.cat([attend(part, *states, scale=1.0) for part, states in heard])
+        hidden = hidden + _join(other, found)
+
+        normal = layer.final_layer_norm(hidden)
+        hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normal)))
+    return model.proj_out(decoder.layer_norm(hidden[:, -1]))
+
+
+def _greedy(
+    model: WhisperForConditionalGeneration,
+    encoded: list[tuple[list[int], torch.Tensor]],
+    prompts: torch.Tensor,
+    caps: Sequence[int],
+) -> list[list[int]]:
+    """The most probable token, again and again, in a batch that shrinks as clips end.
+
+    Args:
+        encoded: clips and their states, a pair for each window.
+        prompts: (B, P) tokens.
+    """
+    config, texts = model.generation_config, [[] for _ in caps]
+    never, not_first = (
+        torch.tensor(ids or [], dtype=torch.long, device=prompts.device)
+        for ids in (config.suppress_tokens, config.begin_suppress_tokens)
+    )
+    clips = [clip for group, _ in encoded for clip in group]  # of the rows of the batch
+    going = set(clips)
+    states, room = [one for _, one in encoded], prompts.shape[1] + max(caps)
+    caches = [_new_cache(layer, states, room) for layer in model.model.decoder.layers]
+    tokens, at = prompts[clips], 0
+    while going:
+        scores = _next_scores(model, tokens, caches, at)
+        scores[:, never] = -math.inf
+        if at == 0:
+            scores[:, not_first] = -math.inf
+        at += tokens.shape[1]
+        tokens = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
+        for clip, token in zip(clips, tokens[:, 0].tolist(), strict=True):
+            if clip not in going:
+                continue
+            if token == config.eos_token_id:
+                going.remove(clip)
+                continue
+            texts[clip].append(token)
+            if len(texts[clip]) == caps[clip]:
+                going.remove(clip)
+        if going and len(going) <= SHRINK_AT * len(clips):
+            rows = [row for row, clip in enumerate(clips) if clip in going]
+            for cache in caches:
+                cache.keep(rows, at)
+            tokens, clips = tokens[rows], [clips[row] for row in rows]
+    return texts

@@ -1,0 +1,79 @@
+"""Decoding: generate's tokens from a batch that shrinks, whatever clips and windows meet in it."""
+
+import pytest
+import torch
+from tiny import waves
+from transformers import WhisperForConditionalGeneration
+
+from common import decoding, whisper
+
+
+def decode(model, inputs, *, windows=None, languages=None, **options):
+    """Decode with every clip's window the whole of the waves, in Marathi."""
+    return decoding.decode(
+        model,
+        inputs,
+        windows=windows or [inputs.shape[1] // 320] * len(inputs),
+        languages=languages or ["mr"] * len(inputs),
+        task="transcribe",
+        **options,
+    )
+
+
+@pytest.fixture
+def ending(base):
+    """A base that ends its clips at different steps, and wants suppressed tokens."""
+    torch.manual_seed(3)
+    torch.nn.init.normal_(base.proj_out.weight, std=0.05)
+    base.generation_config.suppress_tokens = [5, 17]
+    base.generation_config.begin_suppress_tokens = [base.generation_config.eos_token_id, 30]
+    return base
+
+
+def test_merged_and_unmerged_adapters_decode_the_same_tokens(adapted):
+    unmerged = decode(adapted.get_base_model(), waves(), caps=[12, 20, 30])
+    with whisper.merged(adapted) as plain:
+        assert decode(plain, waves(), caps=[12, 20, 30]) == unmerged
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_each_clip_ends_at_its_own_cap_whatever_its_neighbours_may_take(base, num_beams):
+    inputs, caps = waves(), [3, 7, 25]
+    together = decode(base, inputs, caps=caps, num_beams=num_beams)
+    alone = [
+        decode(base, inputs[i : i + 1], caps=[cap], num_beams=num_beams)[0]
+        for i, cap in enumerate(caps)
+    ]
+    assert together == alone
+    assert [len(tokens) for tokens in together] == caps, "a random model never ends early"
+
+
+def test_stock_generate_on_padded_features_gives_the_same_tokens(base, checkpoint):
+    stock = WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    inputs = waves(2, 1500)
+    features = whisper.features(base, inputs)
+    expected = stock.generate(features, language="mr", task="transcribe", max_new_tokens=15)
+    assert decode(base, inputs, caps=[15, 15]) == expected.tolist()
+
+
+def test_a_batch_that_shrinks_gives_the_tokens_that_generate_gives(ending, monkeypatch):
+    inputs, caps = waves(12), [40 - i for i in range(12)]
+    shrunk = decode(ending, inputs, caps=caps, languages=["mr", "hi"] * 6)
+    monkeypatch.setattr(decoding, "_is_plain_greedy", lambda _config: False)
+    assert decode(ending, inputs, caps=caps, languages=["mr", "hi"] * 6) == shrunk
+    assert len({len(tokens) for tokens in shrunk}) > 3, "the clips end together"
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_clips_of_different_windows_give_the_tokens_that_each_gives_alone(ending, num_beams):
+    inputs, caps = waves(9), [30 - i for i in range(9)]
+    windows = [300, 128, 200, 128, 300, 64, 200, 128, 64]
+    together = decode(ending, inputs, windows=windows, caps=caps, num_beams=num_beams)
+    alone = [
+        decode(ending, inputs[i : i + 1, : 320 * window], caps=caps[i : i + 1], num_beams=num_beams)
+        for i, window in enumerate(windows)
+    ]
+    assert together == [one[0] for one in alone]
+    assert len({len(tokens) for tokens in together}) > 3, "the clips end together"
+    whole = decode(ending, inputs, caps=caps, num_beams=num_beams)
+    assert whole != together, "the windows change nothing"
