@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -333,7 +334,6 @@ def train_step(
         The gradient norm before clipping; where that is not finite no step is taken.
     """
     accelerator, optimizer = run.accelerator, run.optimizer
-    torch.manual_seed(step_seed(run.config, step.number, accelerator.process_index))
     loss_before, arrived = totals.loss.clone(), []
     pieces = arriving(collated, totals, arrived)
     while not accumulate(run, model, step, pieces, totals):
@@ -386,6 +386,7 @@ def accumulate(
     parts = (part for piece in pieces for part in split_rows(piece, run.num_parts))
     count = sum(len(part_starts(len(piece.clips), run.num_parts)) for piece in step.pieces)
     scale = run.accelerator.num_processes / step.num_tokens
+    torch.manual_seed(step_seed(run.config, step.number, run.accelerator.process_index))
     try:
         for i in range(count):
             inputs = next(parts)
@@ -716,7 +717,10 @@ def main(config: Config) -> None:
         try_validation(run)
 
     # ------ training
+    mark = time.perf_counter()
     cache = cache_encoder(run, train, held) if config.cache_encoder else None
+    cache_seconds = time.perf_counter() - mark
+    first_step_seconds = None  # since the process was started
     skipped = 0
     steps = load_steps(
         config, accelerator, train, run.collate, first=state["step"], total=total_steps, cache=cache
@@ -735,6 +739,8 @@ def main(config: Config) -> None:
         totals.audio_seconds += float(seconds[list(step.batch.clips)].sum())
         totals.seconds += time.perf_counter() - mark
         journal.bar.update()
+        if first_step_seconds is None:
+            first_step_seconds = time.time() - psutil.Process().create_time()
 
         # ------ once in a while
         done = step.number + 1
@@ -780,6 +786,8 @@ def main(config: Config) -> None:
             {
                 "steps": total_steps,
                 "wall_seconds": time.perf_counter() - started,
+                "first_step_seconds": first_step_seconds,
+                "encoder_cache_seconds": cache_seconds if cache else None,
                 "peak_memory_gib": peak_memory_gib(),
                 "processes": accelerator.num_processes,
                 "best": run.best,

@@ -11,22 +11,38 @@ and writes OUTPUT_DIR/versus_recipe.json with every single figure.
 import json
 import shutil
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import soundfile
 import torch
 from transformers import AutoConfig, WhisperConfig
 
 from benchmarks import flops, process, recipe
 from common import batching, cli, metrics
 from common.dataset import column, label_lengths, load_prepared
-from common.files import write_json
+from common.files import write_json, write_text
 from common.recipe import recipe as made_with
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDES = ("recipe", "ours")
+STAGES = {  # what is compared: the recipe's stage and ours
+    "prepare": ("prepare", "prepare"),
+    "train": ("train", "train"),
+    "train decoder only, encoder cached": ("train", "cached_train"),
+    "evaluate": ("evaluate", "evaluate"),
+    "evaluate at 30 seconds": ("evaluate", "evaluate_full"),
+}
+SCORED = {  # adapter and window: side and stage
+    "recipe, 30 s": ("recipe", "evaluate"),
+    "ours, 30 s": ("ours", "evaluate_full"),
+    "ours, natural": ("ours", "evaluate"),
+    "ours decoder only, 30 s": ("ours", "cached_evaluate_full"),
+    "ours decoder only, natural": ("ours", "cached_evaluate"),
+}
 
 
 @dataclass
@@ -42,12 +58,28 @@ class Config:
     learning_rate: float = 1e-3  # peak
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto takes the faster on this machine
     context: batching.Context = "auto"  # our window in training; the recipe's is always full
+    max_seconds: float = 30.0  # longer clips are left out on both sides
 
 
 def scores(references: list[str], hypotheses: list[str]) -> dict[str, float]:
     """Raw WER and CER, by the same counter for both sides."""
     rates = metrics.ErrorRate("raw").compute(predictions=hypotheses, references=references)
     return {"wer": rates["wer"], "cer": rates["cer"]}
+
+
+def shorter_clips(source: Path, max_seconds: float, folder: Path) -> Path:
+    """Copy a Common Voice folder without the clips that are longer."""
+    (folder / "clips").mkdir(parents=True)
+    for name in ("train", "dev", "test"):
+        head, *rows = (source / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+        at, kept = head.split("\t").index("path"), [head]
+        for row in rows:
+            clip = source / "clips" / row.split("\t")[at]
+            if soundfile.info(clip).duration <= max_seconds:
+                shutil.copy(clip, folder / "clips")
+                kept.append(row)
+        write_text(folder / f"{name}.tsv", "\n".join(kept) + "\n")
+    return folder
 
 
 def folder_bytes(folder: Path) -> int:
@@ -79,59 +111,80 @@ def recipe_stages(config: Config, work: Path, precision: str, seed: int) -> dict
             "peak_memory_gib": cost.peak_memory_gib,
         }
     found["prepare"]["bytes"] = folder_bytes(work / "data")
-    found["evaluate"]["full"] = scores(told["references"], told["hypotheses"])
+    found["evaluate"]["scores"] = scores(told["references"], told["hypotheses"])
     return found
 
 
 def our_stages(config: Config, work: Path, precision: str, seed: int) -> dict[str, Any]:
-    """Run our three scripts; figures by stage. The adapter is scored at both windows."""
+    """Run our three scripts; figures by stage. Each adapter is scored at both windows.
+
+    The second adapter, `cached`, is of the decoder only, on encoder outputs computed once.
+    """
     work.mkdir()
-    data, run = work / "data", work / "run"
-    commands = {
-        "prepare": [
+    data = work / "data"
+    cost = process.run(
+        [
             "preprocess.py", "--source", config.data_dir, "--language", config.language,
             "--model", config.model, "--output_dir", data, "--num_workers", recipe.NUM_WORKERS,
         ],
+        work.parent / f"{work.name}_prepare.log",
+    )  # fmt: skip
+    prepare = {
+        "clips": prepared_clips(data),
+        "seconds": cost.seconds,
+        "command_seconds": cost.seconds,
+        "peak_memory_gib": cost.peak_memory_gib,
+        "bytes": folder_bytes(data),
+    }
+    found = {"prepare": prepare} | our_training(config, work / "run", data, precision, seed)
+    only_decoder = ["--lora_scope", "decoder", "--cache_encoder", "true"]
+    cached = our_training(config, work / "cached", data, precision, seed, only_decoder)
+    cache = work / "cached" / "encoder_cache"
+    cached["train"]["cache_bytes"] = folder_bytes(cache)
+    shutil.rmtree(cache)
+    return found | {f"cached_{stage}": figures for stage, figures in cached.items()}
+
+
+def our_training(
+    config: Config, run: Path, data: Path, precision: str, seed: int, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Train one adapter and score it at both windows."""
+    commands = {
         "train": [
             "train_lora.py", "--model", config.model, "--data_dir", data, "--output_dir", run,
             "--global_batch_size", recipe.BATCH_SIZE, "--num_epochs", 1,
             "--max_steps", config.max_steps, "--precision", precision, "--seed", seed,
             "--learning_rate", config.learning_rate, "--context", config.context,
             "--eval_every", 10**6, "--save_every", 10**6, "--num_workers", recipe.NUM_WORKERS,
+            *more,
         ],
     }  # fmt: skip
     for window in ("auto", "full"):
         commands[window] = [
             "eval_wer.py", "--model", config.model, "--adapter", run / "adapter", "--data_dir",
-            data, "--context", window, "--precision", precision, "--output_dir", work / window,
+            data, "--context", window, "--precision", precision, "--output_dir", run / window,
         ]  # fmt: skip
     costs = {
-        name: process.run(words, work.parent / f"{work.name}_{name}.log")
+        name: process.run(words, run.parent.parent / f"{run.parent.name}_{run.name}_{name}.log")
         for name, words in commands.items()
     }
     found = {
         name: {"command_seconds": cost.seconds, "peak_memory_gib": cost.peak_memory_gib}
         for name, cost in costs.items()
     }
-    found["prepare"] |= {
-        "clips": prepared_clips(data),
-        "seconds": costs["prepare"].seconds,
-        "bytes": folder_bytes(data),
-    }
+    told = json.loads((run / "train.json").read_text(encoding="utf-8"))
     found["train"] |= training_speed(run / "metrics.jsonl", recipe.BATCH_SIZE, data)
+    found["train"] |= {name: told[name] for name in ("first_step_seconds", "encoder_cache_seconds")}
     for window in ("auto", "full"):
-        told = json.loads((work / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
+        told = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
         rates = told["normalisers"]["raw"]
         found[window] |= {
             "clips": told["clips"],
             "seconds": told["wall_seconds"],
+            "clips_at_cap": told["clips_at_cap"],
             "scores": {"wer": rates["wer"], "cer": rates["cer"]},
         }
-    evaluate = found.pop("auto")
-    full = found.pop("full")
-    found["evaluate"] = evaluate | {"auto": evaluate.pop("scores"), "full": full.pop("scores")}
-    found["evaluate_full"] = full
-    return found
+    return {"train": found["train"], "evaluate": found["auto"], "evaluate_full": found["full"]}
 
 
 def prepared_clips(data: Path) -> int:
@@ -182,6 +235,7 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
         "recipe": {
             "flop_per_clip": sum(padded) / len(padded),
             "encoder_padding_share": 1 - needed / (batching.FULL_CONTEXT * len(seconds)),
+            "bucket_padding_share": 1 - needed / (batching.FULL_CONTEXT * len(seconds)),
         },
         "ours": {
             "flop_per_clip": ours / len(seconds),
@@ -196,7 +250,7 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
 
 def medians(runs: list[dict[str, Any]], stage: str) -> dict[str, float]:
     """Median, least and most clips a second, and the median peak memory."""
-    speeds = [run[stage]["clips"] / run[stage]["seconds"] for run in runs]
+    speeds = [_speed(run[stage]) for run in runs]
     return {
         "clips_per_second": statistics.median(speeds),
         "least": min(speeds),
@@ -205,39 +259,40 @@ def medians(runs: list[dict[str, Any]], stage: str) -> dict[str, float]:
     }
 
 
+def _speed(stage: dict[str, Any]) -> float:
+    return stage["clips"] / stage["seconds"]
+
+
 def summary(results: dict[str, Any]) -> dict[str, Any]:
     """Medians of each stage and side, and ratios: above 1 is better than the recipe."""
     found: dict[str, Any] = {}
-    for stage in ("prepare", "train", "evaluate"):
-        sides = {side: medians(results["runs"][side], stage) for side in SIDES}
-        clip_seconds = results["seconds_per_clip"][stage]
-        for side in SIDES:
-            speed = sides[side]["clips_per_second"]
-            sides[side]["audio_seconds_per_second"] = speed * clip_seconds
-        pairs = zip(results["runs"]["recipe"], results["runs"]["ours"], strict=True)
-        ratios = [_speed(ours[stage]) / _speed(theirs[stage]) for theirs, ours in pairs]
+    runs = results["runs"]
+    for stage, (theirs, ours) in STAGES.items():
+        sides = {"recipe": medians(runs["recipe"], theirs), "ours": medians(runs["ours"], ours)}
+        for side in sides.values():
+            side["audio_seconds_per_second"] = (
+                side["clips_per_second"] * results["seconds_per_clip"][theirs]
+            )
+        pairs = zip(runs["recipe"], runs["ours"], strict=True)
+        ratios = [_speed(b[ours]) / _speed(a[theirs]) for a, b in pairs]
         found[stage] = sides | {
             "ratio": statistics.median(ratios),
             "ratios": ratios,
             "memory_ratio": sides["recipe"]["peak_memory_gib"] / sides["ours"]["peak_memory_gib"],
         }
-    for side in SIDES:
-        found["train"][side] |= results["work"][side]
-        used = found["train"][side]["clips_per_second"] * results["work"][side]["flop_per_clip"]
-        found["train"][side]["gflop_per_second"] = used / 1e9
-        found["train"][side]["share_of_gemm_peak"] = used / results["gemm_flop_per_second"]
-    sizes = {side: results["runs"][side][0]["prepare"]["bytes"] for side in SIDES}
+    for side, figures in results["work"].items():
+        speed = found["train"][side]["clips_per_second"]
+        used = speed * figures["flop_per_clip"]
+        found["train"][side] |= figures | {
+            "gflop_per_second": used / 1e9,
+            "share_of_gemm_peak": used / results["gemm_flop_per_second"],
+        }
+    sizes = {side: runs[side][0]["prepare"]["bytes"] for side in SIDES}
     found["disk"] = sizes | {"ratio": sizes["recipe"] / sizes["ours"]}
     found["scores"] = {
-        "recipe_full": [run["evaluate"]["full"] for run in results["runs"]["recipe"]],
-        "ours_auto": [run["evaluate"]["auto"] for run in results["runs"]["ours"]],
-        "ours_full": [run["evaluate"]["full"] for run in results["runs"]["ours"]],
+        name: [run[stage]["scores"] for run in runs[side]] for name, (side, stage) in SCORED.items()
     }
     return found
-
-
-def _speed(stage: dict[str, Any]) -> float:
-    return stage["clips"] / stage["seconds"]
 
 
 def table(found: dict[str, Any], gemm: float, precision: str) -> str:
@@ -246,7 +301,7 @@ def table(found: dict[str, Any], gemm: float, precision: str) -> str:
         "| | recipe | ours | ratio |",
         "|---|---|---|---|",
     ]
-    for stage in ("prepare", "train", "evaluate"):
+    for stage in STAGES:
         row = found[stage]
         cells = [
             f"{row[side]['clips_per_second']:.2f} ({row[side]['least']:.2f}-"
@@ -266,17 +321,20 @@ def table(found: dict[str, Any], gemm: float, precision: str) -> str:
     train = found["train"]
     for name, form in (
         ("encoder_padding_share", "{:.1%}"),
+        ("bucket_padding_share", "{:.1%}"),
         ("gflop_per_second", "{:.0f}"),
         ("share_of_gemm_peak", "{:.1%}"),
     ):
         cells = [form.format(train[side][name]) for side in SIDES]
         lines.append(f"| train, {name.replace('_', ' ')} | {cells[0]} | {cells[1]} | |")
-    for rate in ("wer", "cer"):
-        cells = [
-            ", ".join(f"{one[rate]:.1f}" for one in found["scores"][name])
-            for name in ("recipe_full", "ours_auto", "ours_full")
-        ]
-        lines.append(f"| {rate.upper()} | {cells[0]} | auto {cells[1]}; full {cells[2]} | |")
+    lines += ["", "| adapter, window | WER, each seed | mean | CER, each seed | mean |"]
+    lines.append("|---|---|---|---|---|")
+    for name, seeds in found["scores"].items():
+        cells = []
+        for rate in ("wer", "cer"):
+            values = [one[rate] for one in seeds]
+            cells += [", ".join(f"{one:.1f}" for one in values), f"{statistics.mean(values):.1f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(f"\nGEMM peak {gemm / 1e9:.0f} GFLOP/s in {precision}.")
     return "\n".join(lines)
 
@@ -289,6 +347,9 @@ def main(config: Config) -> None:
     if output.exists():
         raise cli.UserError(f"--output_dir {config.output_dir}: exists: give a new folder")
     output.mkdir(parents=True)
+    if config.max_seconds < batching.FULL_CONTEXT / batching.POSITIONS_PER_SECOND:
+        clips = shorter_clips(Path(config.data_dir), config.max_seconds, output / "source")
+        config = replace(config, data_dir=str(clips))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peaks = {name: flops.gemm_peak(dtype, device) for name, dtype in DTYPES.items()}
     precision = config.precision if config.precision != "auto" else max(peaks, key=peaks.get)

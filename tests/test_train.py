@@ -257,6 +257,26 @@ def test_memory_that_runs_out_halves_the_pieces_and_not_the_loss(
     assert np.allclose(list(expected.values()), list(got.values()), rtol=1e-5)
 
 
+def test_a_step_that_starts_again_draws_the_same_dropout(options, monkeypatch, tmp_path):
+    stock, runs = train_lora.token_loss_sum, []
+    for computed in (False, True):  # before memory ran out
+        failures = iter([True])
+
+        def fails_once(model, inputs, computed=computed, failures=failures):
+            if model.training and next(failures, False):
+                if computed:
+                    stock(model, inputs)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return stock(model, inputs)
+
+        monkeypatch.setattr(train_lora, "token_loss_sum", fails_once)
+        again = options | {"output_dir": str(tmp_path / str(computed)), "lora_dropout": 0.5}
+        again |= {"max_batch_seconds": 1000.0, "global_batch_size": 7}
+        train(again)
+        runs.append(records(again, "grad_norm"))
+    assert runs[0] == runs[1]
+
+
 def test_memory_that_cannot_hold_one_clip_is_a_user_error(options, monkeypatch):
     def fails(model, inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
