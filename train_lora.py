@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,8 +49,7 @@ from common.progress import track
 from common.recipe import recipe
 from eval_wer import DTYPES, Precision, Prediction
 
-SANITY_BATCHES = 2  # validation batches whose loss is computed before training, to fail early
-SANITY_CLIPS = 2  # clips of each; those of the last batch are decoded too
+SANITY_CLIPS = 2  # validation clips that are tried before training, to fail early
 DECODE_FACTOR = 4  # seconds decoded at once over those trained on: without a graph they fit
 SHOWN_TEXTS = 5  # validation texts shown in TensorBoard
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip while it finds its scale
@@ -166,6 +165,7 @@ def plan_epoch(
                 num_processes=accelerator.num_processes,
                 max_batch_seconds=config.max_batch_seconds,
                 label_lengths=lengths,
+                windows=None if cache is None else cache.contexts,
             ),
         )
         for i, batch in enumerate(batches)
@@ -244,6 +244,7 @@ class Totals:
     audio_seconds: float = 0.0
     wait_seconds: float = 0.0  # of waiting for data
     seconds: float = 0.0
+    norms: list[tuple[Step, torch.Tensor]] = field(default_factory=list)  # not looked at yet
 
 
 @dataclass
@@ -324,14 +325,13 @@ def train_step(
     step: Step,
     collated: Iterator[dict[str, torch.Tensor]],
     totals: Totals,
-) -> float:
+) -> None:
     """Forward and backward over a step's pieces, one optimizer step; adds to `totals`.
+
+    Nothing here waits for a GPU: gradient norms stay there until `check_norms` looks at them.
 
     Where a piece does not fit the GPU's memory, the step starts again with pieces half as large,
     and so do all later steps: the same gradient but for rounding.
-
-    Returns:
-        The gradient norm before clipping; where that is not finite no step is taken.
     """
     accelerator, optimizer = run.accelerator, run.optimizer
     loss_before, arrived = totals.loss.clone(), []
@@ -350,11 +350,24 @@ def train_step(
         totals.loss = loss_before.clone()
         pieces = iter(arrived)
     trainable = [one for group in optimizer.param_groups for one in group["params"]]
-    norm = float(accelerator.clip_grad_norm_(trainable, run.config.max_grad_norm))
-    if math.isfinite(norm) or accelerator.scaler is not None:  # the fp16 scaler skips by itself
-        optimizer.step()
+    norm = accelerator.clip_grad_norm_(trainable, run.config.max_grad_norm)  # before clipping
+    optimizer.step()
     optimizer.zero_grad()
-    return norm
+    if not accelerator.optimizer_step_was_skipped:  # as the fp16 scaler does
+        totals.norms.append((step, norm.detach()))
+
+
+def check_norms(totals: Totals, dataset: Dataset) -> float:
+    """The gradient norm of the last step, once those of all steps since a log line are finite.
+
+    Raises:
+        UserError: naming the clips of the first step whose norm is not.
+    """
+    norms = torch.stack([norm for _, norm in totals.norms]).tolist() if totals.norms else [0.0]
+    for (step, _), norm in zip(totals.norms, norms, strict=False):
+        if not math.isfinite(norm):
+            raise not_finite(step, dataset, norm)
+    return norms[-1]
 
 
 def arriving(
@@ -463,6 +476,7 @@ def fit_memory(config: Config, accelerator: Accelerator, model: whisper.PeftMode
     options = {
         "bytes_per_value": 4 if accelerator.mixed_precision == "no" else 2,
         "device": device.type,
+        "encoder_cached": config.cache_encoder,
     }
     if config.max_batch_seconds:
         predicted = predict_gib(
@@ -532,7 +546,7 @@ def not_finite(step: Step, dataset: Dataset, norm: float) -> cli.UserError:
     ids = ", ".join(str(dataset[clip]["id"]) for clip in step.batch.clips)
     return cli.UserError(
         f"--learning_rate: the gradient's norm is {norm} in step {step.number + 1} (clips {ids}); "
-        "no optimizer step was taken: lower the rate, use bf16 for fp16, or look at these clips"
+        "nothing was saved since: lower the rate, use bf16 for fp16, or look at these clips"
     )
 
 
@@ -549,7 +563,9 @@ def evaluate_loss(run: Run, step: int) -> None:
         save_adapter(run, "adapter_best", step)
 
 
-def transcribe_validation(run: Run, batches: Sequence[DecodeBatch]) -> dict[str, Prediction]:
+def transcribe_validation(
+    run: Run, batches: Sequence[DecodeBatch], tokens_per_second: float
+) -> dict[str, Prediction]:
     """Decode batches of validation clips, shared out among the processes."""
     run.model.eval()
     with whisper.merged(run.model) as model:
@@ -559,25 +575,26 @@ def transcribe_validation(run: Run, batches: Sequence[DecodeBatch]) -> dict[str,
             run.validation,
             batches[run.accelerator.process_index :: run.accelerator.num_processes],
             task=run.prepared["config"]["task"],
-            tokens_per_second=run.prepared["tokens_per_second"]["p999"],
+            tokens_per_second=tokens_per_second,
         )
     run.model.train()
     return eval_wer.gather(mine)
 
 
 def try_validation(run: Run) -> None:
-    """Run loss and decoding on the shortest batches, so that what fails in them fails early."""
-    shortest = run.loss_plan()[-SANITY_BATCHES:]
-    batches = [replace(batch, clips=batch.clips[:SANITY_CLIPS]) for batch in shortest]
+    """Run loss and a short decoding on the shortest clips: what fails in them fails early."""
+    shortest = run.loss_plan()[-1]
+    few = replace(shortest, clips=shortest.clips[-SANITY_CLIPS:])
+    batches = [few] * run.accelerator.num_processes  # one for each
     validation_loss(run.accelerator, run.model, run.validation, run.collate, batches)
-    last = run.decode_plan()[-1]
-    few = DecodeBatch(last.clips[-SANITY_CLIPS:], last.windows[-SANITY_CLIPS:])
-    transcribe_validation(run, [few])
+    windows = (few.context,) * len(few.clips)
+    transcribe_validation(run, [DecodeBatch(few.clips, windows)], tokens_per_second=0.0)
 
 
 def evaluate_wer(run: Run, step: int) -> None:
     """Log the validation word error rate, with a few texts for TensorBoard."""
-    predictions = transcribe_validation(run, run.decode_plan())
+    rate = run.prepared["tokens_per_second"]["p999"]
+    predictions = transcribe_validation(run, run.decode_plan(), rate)
     rates = eval_wer.score(run.validation, predictions, run.tokenizer)["normalisers"]
     record = {"step": step}
     for name in ("raw", "keep_marks"):
@@ -725,15 +742,16 @@ def main(config: Config) -> None:
     steps = load_steps(
         config, accelerator, train, run.collate, first=state["step"], total=total_steps, cache=cache
     )
+    occasions = (config.log_every, config.eval_every, config.wer_every, config.save_every)
     mark = time.perf_counter()
     for step, collated in steps:
         rate = learning_rate(step.number, config, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        norm = train_step(run, model, step, collated, totals)
+        train_step(run, model, step, collated, totals)
         skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-        if skipped > MAX_SKIPPED_STEPS or not (math.isfinite(norm) or skipped):
-            raise not_finite(step, train, norm)
+        if skipped > MAX_SKIPPED_STEPS:
+            raise not_finite(step, train, math.inf)
         totals.tokens += step.num_tokens
         totals.clips += len(step.batch.clips)
         totals.audio_seconds += float(seconds[list(step.batch.clips)].sum())
@@ -745,7 +763,9 @@ def main(config: Config) -> None:
         # ------ once in a while
         done = step.number + 1
         last = done == total_steps
-        if done % config.log_every == 0 or last:
+        if last or any(_due(done, every) for every in occasions):
+            norm = check_norms(totals, train)  # before anything is kept
+        if _due(done, config.log_every) or last:
             loss = accelerator.reduce(totals.loss).item() / totals.tokens
             speed = totals.clips / totals.seconds
             journal.bar.set_postfix(loss=f"{loss:.3f}", clips_s=f"{speed:.1f}")
@@ -763,11 +783,11 @@ def main(config: Config) -> None:
                 },
             )
             totals = Totals(torch.zeros_like(totals.loss))
-        if validation is not None and (done % config.eval_every == 0 or last):
+        if validation is not None and (_due(done, config.eval_every) or last):
             evaluate_loss(run, done)
         if validation is not None and (_due(done, config.wer_every) or last):
             evaluate_wer(run, done)
-        if done % config.save_every == 0 or last:
+        if _due(done, config.save_every) or last:
             save_checkpoint(run, done, totals)
         mark = time.perf_counter()
 

@@ -1,11 +1,13 @@
 """Run a command and know its wall clock and the peak memory of its whole process tree."""
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,8 +23,8 @@ class Measured:
     peak_memory_gib: float  # proportional set size of the tree: pages shared are counted once
 
 
-def run(words: Sequence[str], log: Path) -> Measured:
-    """Run `words` with this Python, its output into `log`.
+def run(words: Sequence[Any], log: Path, environment: Mapping[str, str] | None = None) -> Measured:
+    """Run `words` with this Python, its output into `log`, `environment` set on top.
 
     Raises:
         RuntimeError: it failed; the message ends with its last lines.
@@ -30,7 +32,8 @@ def run(words: Sequence[str], log: Path) -> Measured:
     start, peak = time.perf_counter(), 0
     with log.open("w", encoding="utf-8") as file:
         command = [sys.executable, *map(str, words)]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        around = os.environ | dict(environment or {})
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=around)
         while process.poll() is None:
             peak = max(peak, _tree_bytes(process.pid))
             time.sleep(SAMPLE_SECONDS)

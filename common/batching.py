@@ -18,7 +18,7 @@ CONTEXT_MULTIPLE = 8  # contexts are rounded up to it: tensor cores like it, and
 
 # Training windows end this many positions after the longest clip, drawn anew for every batch, so
 # that the model learns not to depend on where the window ends.
-TRAIN_MARGIN = (32, 96)
+TRAIN_MARGIN = (32, 160)
 # Batches at the full window, for runtimes that pad to 30 s: at most one in twenty, and so few that
 # they add no more than this share to the encoder's positions.
 FULL_SHARE = 0.05
@@ -27,7 +27,7 @@ FULL_COST = 0.1
 LENGTH_BUCKET_SECONDS = 0.32  # clips within one bucket count as equally long and are shuffled
 
 # Windows of cached encoder outputs: a function of the clip alone.
-CACHE_MARGIN = 64  # the middle of TRAIN_MARGIN
+CACHE_MARGIN = 96  # the middle of TRAIN_MARGIN
 CACHE_MULTIPLE = 64  # windows must repeat to batch
 
 Context = Literal["auto", "full"]
@@ -44,8 +44,8 @@ class DecodeWindow:
 # A model never trained on short windows loops when they end with the speech.
 # Loops seen in 8 runs of base models: 4 at +0 positions, 2 at +32, 1 at +64, 0 at +128.
 UNTRAINED = DecodeWindow(margin=128, floor=250)
-TRAINED = DecodeWindow(margin=64, floor=0)  # the middle of TRAIN_MARGIN
-DECODE_MULTIPLE = 64  # a clip's window depends on the clip alone, so windows must repeat to batch
+TRAINED = DecodeWindow(margin=64, floor=0)  # well inside TRAIN_MARGIN
+DECODE_MULTIPLE = 32  # a clip's window depends on the clip alone, so windows must repeat to batch
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def plan(
         context: "auto" gives each batch its longest clip plus a random margin, and a few the full
             window; "full" gives all the full window.
         windows: (N,) positions of each clip's own window, for cached encoder outputs: clips of
-            equal windows meet, and a batch has its longest clip's window, without a random margin.
+            equal windows meet, without a random margin.
 
     Returns:
         Batches in the order of training.
@@ -183,6 +183,7 @@ def micro_batches(
     num_processes: int,
     max_batch_seconds: float,
     label_lengths: np.ndarray,
+    windows: np.ndarray | None = None,
 ) -> list[MicroBatch]:
     """Cut one rank's share of a global batch into pieces of at most `max_batch_seconds`.
 
@@ -191,7 +192,24 @@ def micro_batches(
 
     Args:
         label_lengths: (N,) tokens of each clip of the dataset after the start token is cut.
+        windows: (N,) positions of each clip's own window, for cached encoder outputs: clips of
+            different windows never share a piece.
     """
+    if windows is not None:
+        own: dict[int, list[int]] = {}
+        for clip in batch.clips:
+            own.setdefault(int(windows[clip]), []).append(clip)
+        return [
+            piece
+            for context, clips in own.items()
+            for piece in micro_batches(
+                GlobalBatch(tuple(clips), context),
+                rank=rank,
+                num_processes=num_processes,
+                max_batch_seconds=max_batch_seconds,
+                label_lengths=label_lengths,
+            )
+        ]
     share = math.ceil(len(batch.clips) / num_processes)
     filled = batch.clips + (None,) * (share * num_processes - len(batch.clips))
     mine = filled[rank::num_processes]

@@ -101,15 +101,15 @@ class MicroBatches:
     dataset: Dataset
     batches: Sequence[MicroBatch] | Sequence[DecodeBatch]
     collate: SpeechCollator
-    cache: EncoderCache | None = None  # whose states take the place of waves where it can
-    label_rows: Dataset | None = None  # the dataset without audio, for batches that it holds
+    cache: EncoderCache | None = None  # whose states take the place of waves
+    label_rows: Dataset | None = None  # the dataset without audio, for a cache
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         batch = self.batches[index]
-        if self.cache is not None and self.cache.holds(batch):
+        if self.cache is not None:
             states = {"encoder_states": self.cache.read(batch)}
             return states | self.collate.labels(_rows(self.label_rows, batch), batch.label_length)
         rows = _rows(self.dataset, batch)

@@ -1,7 +1,6 @@
 """Outputs of a frozen encoder, computed once for every clip and read back in every epoch.
 
-A clip's window is then a function of the clip alone, so that one output serves all epochs. Clips
-that meet longer ones in a batch get its window, and are encoded again.
+A clip's window is then a function of the clip alone, so that one output serves all epochs.
 
 Legend: C encoder positions, D width.
 """
@@ -50,17 +49,13 @@ class EncoderCache:
     def _starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.contexts, dtype=np.int64)]) * self.width
 
-    def holds(self, batch: MicroBatch) -> bool:
-        """Whether all clips of a batch have its window as their own."""
-        return all(self.contexts[clip] == batch.context for clip in batch.clips if clip is not None)
-
     def clip(self, clip: int) -> torch.Tensor:
         """The states (C, D) of one clip, to read or to fill in."""
         start, end = self._starts[clip], self._starts[clip + 1]
         return self._values[start:end].view(-1, self.width)
 
     def read(self, batch: MicroBatch) -> torch.Tensor:
-        """The states (B, C, D) of a batch that `holds`; zeros for filler."""
+        """The states (B, C, D) of clips of one window; zeros for filler."""
         states = torch.zeros(len(batch.clips), batch.context, self.width, dtype=self.dtype)
         for row, clip in enumerate(batch.clips):
             if clip is not None:
@@ -68,7 +63,7 @@ class EncoderCache:
         return states
 
     def fill(self, batch: MicroBatch, states: torch.Tensor) -> None:
-        """Store the states (B, C, D) of a batch that `holds`."""
+        """Store the states (B, C, D) of clips of one window."""
         for row, clip in enumerate(batch.clips):
             self.clip(clip).copy_(states[row])
 

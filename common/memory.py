@@ -15,6 +15,7 @@ from common.loss import ROWS_ON_CPU, ROWS_ON_GPU
 
 USED_SHARE = 0.9  # of the device's free memory; the rest is for fragmentation
 CPU_SECONDS = 30.0  # on a CPU larger micro-batches are slower: they leave the caches
+CPU_CACHED_SECONDS = 240.0  # without an encoder to run they are not
 GPU_SECONDS = 480.0  # above it a GPU gains nothing
 CAP_MARGIN = 1.25  # of a clip's cap over the tokens that its duration can hold
 TOKENS_PER_SECOND = 24  # of labels, at most: Devanagari, read fast
@@ -69,6 +70,7 @@ def predict_gib(
     bytes_per_value: int,
     device: str,
     checkpointing: bool = False,
+    encoder_cached: bool = False,
     tokens_per_second: float = TOKENS_PER_SECOND,
 ) -> float:
     """Peak GiB of a LoRA training step over `seconds` of window in one micro-batch.
@@ -77,11 +79,13 @@ def predict_gib(
         bytes_per_value: of activations, 4 in float32 and 2 in half precision.
         device: "cpu" or "cuda".
         checkpointing: each layer keeps its input only and is computed again.
+        encoder_cached: the encoder does not run.
         tokens_per_second: of labels.
     """
     positions = seconds * POSITIONS_PER_SECOND
     tokens = seconds * tokens_per_second
-    width, enc, dec = config.d_model, config.encoder_layers, config.decoder_layers
+    width, dec = config.d_model, config.decoder_layers
+    enc = 0 if encoder_cached else config.encoder_layers
     if checkpointing:
         kept = enc * positions + dec * tokens + (KEPT_ENCODER + KEPT_CROSS) * positions
     else:
@@ -110,6 +114,7 @@ def plan_memory(
     bytes_per_value: int,
     device: str,
     checkpointing: bool = False,
+    encoder_cached: bool = False,
 ) -> MemoryPlan:
     """The largest useful micro-batch whose predicted peak stays within `memory_gib`.
 
@@ -121,11 +126,13 @@ def plan_memory(
     """
     one_clip = FULL_CONTEXT / POSITIONS_PER_SECOND
     for checkpointed in sorted({checkpointing, True}):
-        seconds = CPU_SECONDS if device == "cpu" else GPU_SECONDS
+        seconds = GPU_SECONDS
+        if device == "cpu":
+            seconds = CPU_CACHED_SECONDS if encoder_cached else CPU_SECONDS
         while seconds >= one_clip:
             predicted = predict_gib(
                 config, weights, seconds=seconds, bytes_per_value=bytes_per_value, device=device,
-                checkpointing=checkpointed,
+                checkpointing=checkpointed, encoder_cached=encoder_cached,
             )  # fmt: skip
             if predicted <= memory_gib:
                 return MemoryPlan(seconds, checkpointed, predicted)

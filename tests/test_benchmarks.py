@@ -6,13 +6,17 @@ import re
 
 import launch
 import pytest
+import soundfile
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperConfig
 
-from benchmarks import flops, process, versus_recipe
-from common import cli, whisper
+from benchmarks import flops, process, scaling, versus_recipe
+from common import audio, cli, whisper
+from common.dataset import column, label_lengths, load_prepared
+
+BENCHMARKS = {"versus_recipe": versus_recipe, "scaling": scaling}
 
 
 def common_voice(folder, clips=(16, 4, 4)):
@@ -74,10 +78,10 @@ def test_memory_is_that_of_the_whole_tree(tmp_path):
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
 def test_the_command_that_a_readme_shows_parses(page):
     text = (launch.ROOT / page).read_text(encoding="utf-8")
-    shown = re.findall(r"^python -m benchmarks\.versus_recipe (.*)$", text, flags=re.M)
-    assert shown
-    for options in shown:
-        cli.parse(versus_recipe.Config, options.split())
+    shown = re.findall(r"^python -m benchmarks\.(\w+) (.*)$", text, flags=re.M)
+    assert {name for name, _ in shown} == set(BENCHMARKS)
+    for name, options in shown:
+        cli.parse(BENCHMARKS[name].Config, options.split())
 
 
 @pytest.mark.slow
@@ -95,8 +99,55 @@ def test_both_sides_run_and_every_figure_is_written(checkpoint, tmp_path):
         assert run["evaluate"]["clips"] == 4, side
         for stage in ("prepare", "train", "evaluate"):
             assert run[stage]["peak_memory_gib"] > 0.1, (side, stage)
+    ours = found["runs"]["ours"][0]
+    assert ours["cached_train"]["cache_bytes"] > 0
+    assert ours["cached_train"]["encoder_cache_seconds"] > 0
+    assert 0 < ours["train"]["first_step_seconds"] < ours["train"]["command_seconds"]
     assert found["runs"]["recipe"][0]["prepare"]["clips"] == 20, "training and test clips"
     assert found["summary"]["disk"]["ratio"] > 5
     assert found["work"]["ours"]["bucket_padding_share"] < 0.5
     with pytest.raises(cli.UserError, match=r"--output_dir .* exists"):
         versus_recipe.main(config)
+
+
+def test_only_clips_of_the_length_asked_for_are_taken(tmp_path):
+    source = common_voice(tmp_path / "source")
+    lengths = {file.name: soundfile.info(file).duration for file in source.glob("clips/*.wav")}
+    most = sorted(lengths.values())[len(lengths) // 2]
+    folder = versus_recipe.shorter_clips(source, most, tmp_path / "short")
+    kept = {file.name for file in folder.glob("clips/*")}
+    assert kept == {name for name, seconds in lengths.items() if seconds <= most}
+    rows = [(folder / f"{name}.tsv").read_text().splitlines() for name in ("train", "dev", "test")]
+    assert sum(map(len, rows)) == len(kept) + 3, "a heading each"
+
+
+def test_clips_of_a_length_have_that_length_and_labels_at_the_corpus_rate(prepared):
+    split = load_prepared(str(prepared))[0]["train"]
+    first = split[0]["labels"]
+    shortest = len(scaling.common_prefix(list(split["labels"]))) + 2
+    for seconds in (0.5, 7.0):
+        for row in scaling.clips_of_length(split, seconds, 3):
+            assert len(audio.decode_flac(row["audio"])) == seconds * 16_000
+            assert row["labels"][:4] == first[:4] and row["labels"][-1] == first[-1]
+            rate = label_lengths(split).sum() / column(split, "seconds").sum()
+            assert len(row["labels"]) == pytest.approx(max(seconds * rate, shortest), abs=1)
+
+
+@pytest.mark.slow
+def test_every_axis_is_measured_and_plotted(checkpoint, prepared, tmp_path):
+    output = tmp_path / "scaling"
+    config = scaling.Config(
+        data_dir=str(prepared), model=str(checkpoint), output_dir=str(output), steps=2,
+        factors="1,2", prepare_factors="2", lengths="1", batch_seconds="30", processes="2",
+        num_workers=1,
+    )  # fmt: skip
+    scaling.main(config)
+    found = json.loads((output / "scaling.json").read_text(encoding="utf-8"))["points"]
+    assert {point["axis"] for point in found} == set(scaling.AXES)
+    clips = {(point["axis"], point["value"]): point["clips"] for point in found}
+    assert clips["corpus, training", "1"] == 21
+    assert clips["corpus, training", "2"] == clips["corpus, preparation", "2"] == 42
+    for point in found:
+        assert point["clips_per_second"] > 0 and point["peak_memory_gib"] > 0.1, point
+    assert (output / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert not (output / "work").exists()

@@ -85,5 +85,18 @@ def test_checkpointing_is_the_last_resort():
         plan(2.0)
 
 
+def test_decoding_takes_what_fits_and_beams_take_more():
+    def seconds(gib, **more):
+        return memory.plan_decoding(LARGE, memory_gib=gib, bytes_per_value=2, **more)
+
+    assert seconds(80) == memory.DECODE_SECONDS
+    assert seconds(4) == pytest.approx(2 * seconds(2))
+    assert seconds(4, num_beams=5) == pytest.approx(seconds(4) / 5)
+    keys_and_values = 2 * 32 * 1280 * 2 * 50 * seconds(4) / 2**30  # of the encoder's positions
+    assert 1.0 < keys_and_values < 2.0, "half of the memory holds these and those of the tokens"
+
+
 def test_a_cpu_takes_pieces_that_stay_in_its_caches():
     assert plan(500, device="cpu").max_batch_seconds == memory.CPU_SECONDS
+    cached = plan(500, device="cpu", encoder_cached=True)
+    assert cached.max_batch_seconds == memory.CPU_CACHED_SECONDS

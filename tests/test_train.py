@@ -1,5 +1,6 @@
 """Training: the same losses however the batch is cut, exact resume, and what a run leaves."""
 
+import itertools
 import json
 import math
 import shutil
@@ -175,7 +176,7 @@ def test_checkpoints_hold_no_base_and_only_the_newest_are_kept(finished):
 def test_the_recipe_and_the_window_lie_beside_the_adapter(finished):
     for name in ("adapter", "adapter_best"):
         made = read_json(finished, f"{name}/recipe.json")
-        assert made["window"]["train_margin"] == [32, 96]
+        assert made["window"]["train_margin"] == [32, 160]
         assert made["config"]["lora_rank"] == 4
         assert made["versions"]["peft"]
         assert "commit" in made
@@ -398,6 +399,21 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_clips
     monkeypatch.setattr(train_lora, "token_loss_sum", lambda *a: stock(*a) * math.inf)
     with pytest.raises(cli.UserError, match=r"norm is nan in step 1 \(clips .*train_0"):
         train(options | {"eval_every": 1000})
+
+
+def test_a_gradient_that_is_not_finite_between_log_lines_keeps_nothing_of_it(options, monkeypatch):
+    stock, calls = train_lora.token_loss_sum, itertools.count()
+
+    def spoilt(model, inputs):
+        loss = stock(model, inputs)
+        return loss * (math.nan if model.training and next(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(train_lora, "token_loss_sum", spoilt)
+    more = {"max_batch_seconds": 1000.0, "log_every": 5, "save_every": 2, "eval_every": 1000}
+    with pytest.raises(cli.UserError, match=r"norm is nan in step 3 \(clips "):
+        train(options | more)
+    saved = launch.Path(options["output_dir"], "checkpoints")
+    assert [folder.name for folder in saved.iterdir()] == ["step-00000002"]
 
 
 @pytest.mark.root
