@@ -301,11 +301,10 @@ def plan_batches(
     window: DecodeWindow,
 ) -> list[DecodeBatch]:
     """Batches that fit the memory, as many for each process."""
-    device, of = accelerator.device, accelerator.num_processes
-    free_gib = device_memory_gib(device) / (of if device.type == "cpu" else 1)
+    of = accelerator.num_processes
     fits = plan_decoding(
         model.config,
-        memory_gib=free_gib,
+        memory_gib=device_memory_gib(accelerator.device, of),
         bytes_per_value=model.dtype.itemsize,
         num_beams=config.num_beams,
     )
@@ -357,11 +356,10 @@ def main(config: Config) -> None:
             check_base(config, record, model)
         window = decode_window(record)
         batches = plan_batches(config, accelerator, model, seconds, window)
-        says = f" ({window.margin / batching.POSITIONS_PER_SECOND:.2f} s after the speech)"
+        after = f" ({window.margin / batching.POSITIONS_PER_SECOND:.2f} s after the speech)"
         say(
             f"decoding with {adapter or config.model}, {config.context} window"
-            + (says if config.context == "auto" else "")
-            + f", {len(batches)} batches"
+            f"{after if config.context == 'auto' else ''}, {len(batches)} batches"
         )
         start = time.perf_counter()
         mine = transcribe(

@@ -268,13 +268,10 @@ class Run:
 
     def loss_plan(self) -> list[MicroBatch]:
         """The validation clips in batches of one window, with labels."""
-        seconds, context = column(self.validation, "seconds"), self.config.context
-        windows = [
-            batching.decode_context(float(one), context, batching.TRAINED) for one in seconds
-        ]
+        seconds = column(self.validation, "seconds")
         return batching.window_plan(
             seconds,
-            np.array(windows),
+            batching.decode_windows(seconds, self.config.context, batching.TRAINED),
             batch_seconds=self.config.max_batch_seconds,
             label_lengths=label_lengths(self.validation) - 1,
         )
@@ -363,8 +360,10 @@ def check_norms(totals: Totals, dataset: Dataset) -> float:
     Raises:
         UserError: naming the clips of the first step whose norm is not.
     """
-    norms = torch.stack([norm for _, norm in totals.norms]).tolist() if totals.norms else [0.0]
-    for (step, _), norm in zip(totals.norms, norms, strict=False):
+    if not totals.norms:  # the fp16 scaler has skipped all steps
+        return 0.0
+    norms = torch.stack([norm for _, norm in totals.norms]).tolist()
+    for (step, _), norm in zip(totals.norms, norms, strict=True):
         if not math.isfinite(norm):
             raise not_finite(step, dataset, norm)
     return norms[-1]
@@ -484,8 +483,7 @@ def fit_memory(config: Config, accelerator: Accelerator, model: whisper.PeftMode
             checkpointing=config.gradient_checkpointing, **options,
         )  # fmt: skip
         return MemoryPlan(config.max_batch_seconds, config.gradient_checkpointing, predicted)
-    sharing = accelerator.num_processes if device.type == "cpu" else 1
-    memory_gib = config.memory_gib or device_memory_gib(device) / sharing
+    memory_gib = config.memory_gib or device_memory_gib(device, accelerator.num_processes)
     try:
         return plan_memory(
             model.config, weights, memory_gib=memory_gib,

@@ -68,11 +68,10 @@ class Config:
 # ------ corpora
 
 
-def write_corpus(split: datasets.Dataset, folder: Path, data: Path) -> Path:
+def write_corpus(split: datasets.Dataset, folder: Path, data: Path) -> None:
     """A prepared folder with a training split alone."""
     datasets.DatasetDict({"train": split}).save_to_disk(str(folder))
     shutil.copy(data / RECIPE_NAME, folder)
-    return folder
 
 
 def common_prefix(labels: list[list[int]]) -> list[int]:
@@ -185,11 +184,11 @@ def preparation(config: Config, source: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def points(config: Config, work: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def points(
+    config: Config, split: datasets.Dataset, work: Path
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Axis, value and figures of every point, measured one after the other."""
-    data = Path(config.data_dir)
-    split = load_prepared(config.data_dir)[0]["train"]
-    corpus = work / "corpus"
+    data, corpus = Path(config.data_dir), work / "corpus"
     for factor in config.factors.split(","):
         many = datasets.concatenate_datasets([split] * int(factor))
         write_corpus(many, corpus, data)
@@ -252,11 +251,11 @@ def main(config: Config) -> None:
     output = Path(config.output_dir).resolve()
     if output.exists():
         raise cli.UserError(f"--output_dir {config.output_dir}: exists: give a new folder")
-    load_prepared(config.data_dir)
+    split = load_prepared(config.data_dir)[0]["train"]
     work = output / "work"
     work.mkdir(parents=True)
     found = []
-    for axis, value, figures in points(config, work):
+    for axis, value, figures in points(config, split, work):
         found.append({"axis": axis, "value": value} | figures)
         print(json.dumps(found[-1]), flush=True)
     shutil.rmtree(work)

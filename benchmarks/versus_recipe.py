@@ -225,6 +225,7 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
         for batch in plan
         for clip in batch.clips
     )
+    padding = 1 - needed / (batching.FULL_CONTEXT * len(seconds))
     padded = [flops.lora_step(whisper, batching.FULL_CONTEXT, int(one)) for one in lengths]
     held = sum(batch.context * len(batch.clips) for batch in plan)
     longest = sum(
@@ -234,8 +235,8 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
     return {
         "recipe": {
             "flop_per_clip": sum(padded) / len(padded),
-            "encoder_padding_share": 1 - needed / (batching.FULL_CONTEXT * len(seconds)),
-            "bucket_padding_share": 1 - needed / (batching.FULL_CONTEXT * len(seconds)),
+            "encoder_padding_share": padding,
+            "bucket_padding_share": padding,
         },
         "ours": {
             "flop_per_clip": ours / len(seconds),

@@ -247,6 +247,11 @@ def decode_context(seconds: float, context: Context, window: DecodeWindow) -> in
     return _window(seconds, window.margin, DECODE_MULTIPLE, window.floor)
 
 
+def decode_windows(seconds: np.ndarray, context: Context, window: DecodeWindow) -> np.ndarray:
+    """`decode_context` (N,) of clips (N,)."""
+    return np.array([decode_context(float(one), context, window) for one in seconds])
+
+
 def decode_plan(
     seconds: np.ndarray,
     *,
@@ -262,7 +267,7 @@ def decode_plan(
         batch_seconds: of window in a batch; exceeded by at most one clip.
     """
     order = np.argsort(-seconds, kind="stable")
-    windows = np.array([decode_context(float(seconds[clip]), context, window) for clip in order])
+    windows = decode_windows(seconds[order], context, window)
     total = windows.sum()
     most = batch_seconds * POSITIONS_PER_SECOND
     number = round_up(math.ceil(total / most), num_processes)

@@ -102,22 +102,17 @@ class MicroBatches:
     batches: Sequence[MicroBatch] | Sequence[DecodeBatch]
     collate: SpeechCollator
     cache: EncoderCache | None = None  # whose states take the place of waves
-    label_rows: Dataset | None = None  # the dataset without audio, for a cache
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         batch = self.batches[index]
+        rows = [None if clip is None else self.dataset[clip] for clip in batch.clips]
         if self.cache is not None:
             states = {"encoder_states": self.cache.read(batch)}
-            return states | self.collate.labels(_rows(self.label_rows, batch), batch.label_length)
-        rows = _rows(self.dataset, batch)
+            return states | self.collate.labels(rows, batch.label_length)
         return self.collate(rows, context=batch.context, label_length=batch.label_length)
-
-
-def _rows(dataset: Dataset, batch: MicroBatch | DecodeBatch) -> list[dict[str, Any] | None]:
-    return [None if clip is None else dataset[clip] for clip in batch.clips]
 
 
 def load_batches(
@@ -129,8 +124,10 @@ def load_batches(
     cache: EncoderCache | None = None,
 ) -> Iterable[dict[str, torch.Tensor]]:
     """Collated batches in order, prepared ahead by `num_workers` processes."""
+    if cache is not None:
+        dataset = dataset.select_columns(["id", "labels"])  # audio is not read
     return DataLoader(
-        MicroBatches(dataset, batches, collate, cache, dataset.select_columns(["id", "labels"])),
+        MicroBatches(dataset, batches, collate, cache),
         batch_size=None,  # items are batches already
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),

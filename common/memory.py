@@ -54,12 +54,12 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def device_memory_gib(device: torch.device) -> float:
-    """GiB that a process may use: of the free GPU memory, or of the machine's available one."""
+def device_memory_gib(device: torch.device, num_processes: int) -> float:
+    """GiB that a process may use: of its free GPU memory, or its share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] * USED_SHARE / 2**30
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages * USED_SHARE / 2**30
+    return pages * USED_SHARE / 2**30 / num_processes
 
 
 def predict_gib(

@@ -36,10 +36,10 @@ def test_a_window_holds_its_longest_clip_and_a_margin():
 def test_a_few_per_cent_of_batches_have_the_full_window():
     contexts = [batch.context for epoch in range(8) for batch in plan(epoch)]
     share = contexts.count(batching.FULL_CONTEXT) / len(contexts)
-    assert 0.01 < share < 0.06, f"{share:.3f} of the batches are full"
+    assert 0.02 < share < 0.06, f"{share:.3f} of the batches are full"
 
 
-def test_full_windows_add_no_more_than_their_share_however_short_the_clips():
+def test_full_windows_add_no_more_than_a_tenth_however_short_the_clips():
     short = SECONDS / 4
     options = {"global_batch_size": 8, "seed": 3}
     plans = [batching.plan(short, epoch=epoch, **options) for epoch in range(20)]
@@ -47,9 +47,7 @@ def test_full_windows_add_no_more_than_their_share_however_short_the_clips():
     natural = [context for context in contexts if context < batching.FULL_CONTEXT]
     assert len(natural) < len(contexts), "no batch has the full window"
     cost = np.mean(contexts) / np.mean(natural)
-    assert 1.0 < cost < 1 + 1.3 * batching.FULL_COST, (
-        f"full windows multiply the positions by {cost:.3f}"
-    )
+    assert 1.0 < cost < 1.13, f"full windows multiply the positions by {cost:.3f}"
 
 
 def test_full_context_gives_every_batch_the_full_window():

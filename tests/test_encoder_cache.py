@@ -104,6 +104,8 @@ def test_clips_of_one_window_meet_and_every_clip_passes_once():
     windows = batching.cache_windows(seconds, "auto")
     plan = batching.plan(seconds, global_batch_size=8, seed=1, epoch=0, windows=windows)
     assert sorted(clip for batch in plan for clip in batch.clips) == list(range(203))
+    own = sum(windows[clip] == batch.context for batch in plan for clip in batch.clips)
+    assert own > 0.8 * 203, f"only {own} clips have their own window"
     mixed = sum(len(set(windows[list(batch.clips)])) > 1 for batch in plan)
     assert 0 < mixed < 0.4 * len(plan), f"{mixed} of {len(plan)} batches mix windows"
 
