@@ -54,6 +54,7 @@ class Config:
     language: str = "hi"  # code
     output_dir: str = "versus"  # work and figures; must be new
     repeats: int = 3  # of everything, each with another seed
+    seed: int = 42  # of the first repeat
     max_steps: int = 0  # training steps of 8 clips; 0 is one epoch
     learning_rate: float = 1e-3  # peak
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto takes the faster on this machine
@@ -361,7 +362,7 @@ def main(config: Config) -> None:
         for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
             stages = recipe_stages if side == "recipe" else our_stages
             work = output / f"{side}_{repeat}"
-            runs[side].append(stages(config, work, precision, seed=42 + repeat))
+            runs[side].append(stages(config, work, precision, seed=config.seed + repeat))
             print(f"repeat {repeat}, {side}: {json.dumps(runs[side][-1])}", flush=True)
             if side == "recipe":  # hundreds of megabytes
                 shutil.rmtree(work / "data")
@@ -373,7 +374,9 @@ def main(config: Config) -> None:
         "gemm_flop_per_second": peaks[precision],
         "gemm_peaks": peaks,
         "precision": precision,
-        "work": training_work(config, data, AutoConfig.from_pretrained(config.model), seed=42),
+        "work": training_work(
+            config, data, AutoConfig.from_pretrained(config.model), seed=config.seed
+        ),
         "seconds_per_clip": {
             "prepare": statistics.mean(every),
             "train": float(column(splits["train"], "seconds").mean()),
