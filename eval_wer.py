@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
-from common import batching, cli, decoding, labels, metrics, whisper
+from common import batching, cli, decoding, engine, labels, metrics, whisper
 from common.batching import Context, DecodeBatch, DecodeWindow
 from common.collator import SpeechCollator, load_batches
 from common.dataset import column, load_prepared
@@ -55,6 +55,7 @@ class Config:
     num_beams: int = 1  # 1 decodes greedily
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it
     num_workers: int = 1  # processes that read audio ahead; 0 reads in the main one
+    collective_timeout: float = 120.0  # minutes that a process waits for the others
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for wer.json, predictions.jsonl
 
 
@@ -273,9 +274,9 @@ def check_languages(config: Config, tokenizer: PreTrainedTokenizerBase, dataset:
         )
 
 
-def read_record(adapter: str) -> dict[str, Any] | None:
-    """What train_lora.py wrote beside an adapter; `None` for one trained elsewhere."""
-    record = Path(adapter) / "recipe.json"
+def read_record(trained: str) -> dict[str, Any] | None:
+    """What train_lora.py wrote beside an adapter or a model; `None` for one trained elsewhere."""
+    record = Path(trained) / "recipe.json"
     return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
 
 
@@ -289,7 +290,7 @@ def check_base(config: Config, record: dict[str, Any], model: torch.nn.Module) -
 
 
 def decode_window(record: dict[str, Any] | None) -> DecodeWindow:
-    """The decoding window of an adapter by its record; the wide one where nothing is known."""
+    """The decoding window of what was trained, by its record; the wide one without."""
     return batching.UNTRAINED if record is None else batching.trained_window(record["window"])
 
 
@@ -319,8 +320,13 @@ def plan_batches(
 
 def main(config: Config) -> None:
     check(config)
+    with engine.clear_errors(config.collective_timeout):
+        evaluate(config)
+
+
+def evaluate(config: Config) -> None:
     whisper.quiet_libraries()
-    accelerator = Accelerator()
+    accelerator = engine.open_accelerator(precision=None, timeout_minutes=config.collective_timeout)
     say = accelerator.print
 
     # ------ data
@@ -351,8 +357,8 @@ def main(config: Config) -> None:
             config.model, adapter, dtype=dtype_of(config.precision), device=accelerator.device
         )
         whisper.complete_generation_config(model, tokenizer)
-        record = read_record(adapter) if adapter else None
-        if record is not None:  # of one trained elsewhere, shapes are all there is to compare
+        record = read_record(adapter or config.model)
+        if adapter and record:  # of one trained elsewhere, shapes are all there is to compare
             check_base(config, record, model)
         window = decode_window(record)
         batches = plan_batches(config, accelerator, model, seconds, window)

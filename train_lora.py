@@ -1,10 +1,11 @@
-"""Fine-tune Whisper with LoRA on a folder that preprocess.py wrote: a hand-written training loop.
+"""Fine-tune Whisper on a folder that preprocess.py wrote, with LoRA or whole: a hand-written loop.
 
     accelerate launch train_lora.py --model openai/whisper-large-v2 --data_dir prepared \\
         --output_dir run --num_epochs 3
 
-Writes OUTPUT_DIR/adapter (plain PEFT), adapter_best, checkpoints, metrics.jsonl, tensorboard and
-train.json. Started again after any interruption it goes on where the last checkpoint was.
+Writes OUTPUT_DIR/adapter (plain PEFT; `model` with --tune full), adapter_best, checkpoints,
+metrics.jsonl, tensorboard and train.json. Started again after any interruption it goes on where the
+last checkpoint was, on as many processes as there are then, under any engine.
 
 Legend: B batch, M mel bins, F frames, T label tokens.
 """
@@ -16,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +26,12 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
 import eval_wer
-from common import batching, checkpoint, cli, labels, whisper
+from common import batching, checkpoint, cli, engine, labels, whisper
 from common.batching import Context, DecodeBatch, GlobalBatch, MicroBatch
 from common.collator import SpeechCollator, label_positions, load_batches
 from common.dataset import column, label_lengths, load_prepared
@@ -47,22 +48,27 @@ from common.memory import (
 )
 from common.progress import track
 from common.recipe import recipe
+from common.stop import Stop, agree, listen
 from eval_wer import DTYPES, Precision, Prediction
 
 SANITY_CLIPS = 2  # validation clips that are tried before training, to fail early
 DECODE_FACTOR = 4  # seconds decoded at once over those trained on: without a graph they fit
+FULL_RATE = 1e-4  # above it, full fine-tuning is warned
 SHOWN_TEXTS = 5  # validation texts shown in TensorBoard
 MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip while it finds its scale
 # Options that a resumed run may change: none of them changes what is computed, but for rounding.
 FREE_ON_RESUME = {
     "output_dir", "resume", "num_workers", "log_every", "save_every", "eval_every", "wer_every",
-    "keep_checkpoints", "max_batch_seconds", "memory_gib",
+    "keep_checkpoints", "max_batch_seconds", "memory_gib", "save_every_minutes", "max_minutes",
+    "resume_changed", "collective_timeout",
 }  # fmt: skip
+
+Tune = Literal["lora", "full", "encoder_frozen"]
 
 
 @dataclass
 class Config:
-    """Fine-tune Whisper with LoRA."""
+    """Fine-tune Whisper, with LoRA or whole."""
 
     # ------ what
     model: str = "openai/whisper-small"  # base: folder or Hub id
@@ -71,22 +77,24 @@ class Config:
     # ------ how long
     num_epochs: int = 3  # passes over the training split
     max_steps: int = 0  # optimizer steps, instead of --num_epochs; 0 goes by epochs
+    max_minutes: float = 0.0  # stop in time to save within so many; 0 has no limit
     global_batch_size: int = 16  # clips an optimizer step, over all processes
     max_batch_seconds: float = 0.0  # window seconds a process computes at once; 0 fits the memory
     memory_gib: float = 0.0  # memory of a process to be fitted; 0 takes what is free
     # ------ optimizer
-    learning_rate: float = 1e-3  # peak, reached after warm-up
+    learning_rate: float = 1e-3  # peak, reached after warm-up; --tune full wants about 1e-5
     warmup_ratio: float = 0.1  # share of all steps that the learning rate rises over
     schedule: Literal["linear", "cosine"] = "linear"  # decay to zero after warm-up
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # gradients are clipped to it
-    # ------ adapter
+    # ------ what is trained
+    tune: Tune = "lora"  # lora, full (all weights) or encoder_frozen (all but the encoder's)
     lora_rank: int = 32  # rank of the update
     lora_alpha: int = 64  # the update is scaled by alpha / rank
     lora_targets: str = "q_proj,v_proj"  # of q_proj,k_proj,v_proj,out_proj,fc1,fc2
     lora_dropout: float = 0.05  # on the update's input, by feature
     lora_scope: str = "all"  # all, decoder, or top_K: the decoder and the encoder's last K layers
-    cache_encoder: bool = False  # keep the frozen encoder's outputs on disk; needs scope decoder
+    cache_encoder: bool = False  # keep a frozen encoder's outputs on disk; needs one that is frozen
     # ------ base
     quantize: whisper.Quantize = "none"  # int8 or nf4 hold the base in 8 or 4 bits, to fit
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto takes accelerate launch's setting
@@ -97,9 +105,12 @@ class Config:
     eval_clips: int = 128  # validation clips, the same at every time; 0 takes all
     wer_every: int = 0  # steps between validation word error rates; 0 only at the end
     save_every: int = 100  # steps between checkpoints
+    save_every_minutes: float = 0.0  # minutes between checkpoints, besides; 0 goes by steps only
     keep_checkpoints: int = 2  # newest checkpoints kept
     log_every: int = 10  # steps between log lines
     resume: Literal["auto", "never"] = "auto"  # auto goes on from the newest checkpoint
+    resume_changed: bool = False  # go on although options differ that change the result
+    collective_timeout: float = 30.0  # minutes that a process waits for the others
     seed: int = 42  # of everything random
     num_workers: int = 2  # processes that read audio ahead; 0 reads in the main one
 
@@ -118,8 +129,16 @@ def learning_rate(step: int, config: Config, total_steps: int) -> float:
 
 
 def step_seed(config: Config, step: int, rank: int) -> int:
-    """Seed of all randomness in one step (dropout), so that a resumed run repeats it."""
+    """Seed of what the base itself draws in one step, so that a resumed run repeats it."""
     return int(np.random.SeedSequence((config.seed, step, rank)).generate_state(1)[0])
+
+
+def clip_seeds(config: Config, step: int, clips: Sequence[int | None]) -> torch.Tensor:
+    """Seeds (B) of the adapter's dropout: the same whatever process or piece a clip comes in."""
+    sources = ((config.seed, step, 0 if clip is None else clip + 1) for clip in clips)
+    return torch.tensor(
+        [int(np.random.SeedSequence(source).generate_state(1)[0]) for source in sources]
+    )
 
 
 # ------ data
@@ -212,22 +231,25 @@ def token_loss_sum(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> t
 
 
 @torch.no_grad()
-def validation_loss(
-    accelerator: Accelerator,
-    model: whisper.PeftModel,
-    dataset: Dataset,
-    collate: SpeechCollator,
-    batches: Sequence[MicroBatch],
-) -> float:
-    """Mean loss of a label token over `batches`, which are shared out among the processes."""
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
+def validation_loss(run: "Run", batches: Sequence[MicroBatch]) -> float:
+    """Mean loss of a label token over `batches`, which are shared out among the processes.
+
+    All of them compute as many: sharded weights are gathered by all at once. The last batch fills
+    up, and is not counted again.
+    """
+    rank, of = run.accelerator.process_index, run.accelerator.num_processes
+    mine = range(rank, batching.round_up(len(batches), of), of)
+    taken = [batches[min(at, len(batches) - 1)] for at in mine]
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
-    model.eval()
-    for inputs in load_batches(dataset, mine, collate, num_workers=0):
-        sums[0] += token_loss_sum(model, inputs).item()
-        sums[1] += len(inputs["label_positions"])
-    model.train()
-    loss, tokens = accelerator.reduce(sums.to(accelerator.device)).tolist()
+    run.wrapped.eval()
+    loader = load_batches(run.validation, taken, run.collate, num_workers=0)
+    for at, inputs in zip(mine, loader, strict=True):
+        loss = token_loss_sum(run.wrapped, inputs).item()
+        if at < len(batches):
+            sums += torch.tensor([loss, len(inputs["label_positions"])])
+    run.wrapped.train()
+    engine.share_out(run.model)
+    loss, tokens = run.accelerator.reduce(sums.to(run.accelerator.device)).tolist()
     return loss / tokens
 
 
@@ -253,7 +275,8 @@ class Run:
 
     config: Config
     accelerator: Accelerator
-    model: whisper.PeftModel  # unwrapped, but for mixed precision
+    model: torch.nn.Module  # Whisper, or PEFT's around it
+    wrapped: torch.nn.Module  # the same in its engine: what is called
     optimizer: torch.optim.Optimizer
     collate: SpeechCollator
     tokenizer: PreTrainedTokenizerBase
@@ -264,6 +287,7 @@ class Run:
     journal: Journal
     output: Path
     best: dict[str, float] | None  # step and eval_loss of adapter_best
+    stop: Stop
     num_parts: int = 1  # that each piece is cut in, after memory ran out
 
     def loss_plan(self) -> list[MicroBatch]:
@@ -318,7 +342,6 @@ def split_rows(
 
 def train_step(
     run: Run,
-    model: torch.nn.Module,
     step: Step,
     collated: Iterator[dict[str, torch.Tensor]],
     totals: Totals,
@@ -333,9 +356,10 @@ def train_step(
     accelerator, optimizer = run.accelerator, run.optimizer
     loss_before, arrived = totals.loss.clone(), []
     pieces = arriving(collated, totals, arrived)
-    while not accumulate(run, model, step, pieces, totals):
+    while not accumulate(run, step, pieces, totals):
         arrived += arriving(collated, totals, [])
-        if accelerator.num_processes > 1 or run.num_parts >= len(step.pieces[0].clips):
+        several = engine.name(accelerator) != "none"
+        if several or run.num_parts >= len(step.pieces[0].clips):
             raise cli.UserError(
                 f"--max_batch_seconds {run.config.max_batch_seconds}: step {step.number + 1} does "
                 "not fit the GPU's memory: give fewer seconds, or --gradient_checkpointing true"
@@ -346,15 +370,14 @@ def train_step(
         torch.cuda.empty_cache()
         totals.loss = loss_before.clone()
         pieces = iter(arrived)
-    trainable = [one for group in optimizer.param_groups for one in group["params"]]
-    norm = accelerator.clip_grad_norm_(trainable, run.config.max_grad_norm)  # before clipping
+    norm = engine.clip_gradient(accelerator, run.model, run.config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:  # as the fp16 scaler does
-        totals.norms.append((step, norm.detach()))
+        totals.norms.append((step, norm))
 
 
-def check_norms(totals: Totals, dataset: Dataset) -> float:
+def check_norms(run: Run, totals: Totals, dataset: Dataset) -> float:
     """The gradient norm of the last step, once those of all steps since a log line are finite.
 
     Raises:
@@ -365,7 +388,7 @@ def check_norms(totals: Totals, dataset: Dataset) -> float:
     norms = torch.stack([norm for _, norm in totals.norms]).tolist()
     for (step, _), norm in zip(totals.norms, norms, strict=True):
         if not math.isfinite(norm):
-            raise not_finite(step, dataset, norm)
+            raise not_finite(run, step, dataset, norm)
     return norms[-1]
 
 
@@ -385,7 +408,6 @@ def arriving(
 
 def accumulate(
     run: Run,
-    model: torch.nn.Module,
     step: Step,
     pieces: Iterator[dict[str, torch.Tensor]],
     totals: Totals,
@@ -395,15 +417,21 @@ def accumulate(
     The gradient is that of the summed loss over the global batch's token count. DDP averages over
     processes, hence the factor.
     """
-    parts = (part for piece in pieces for part in split_rows(piece, run.num_parts))
+    parts = (
+        part
+        for batch, piece in zip(step.pieces, pieces, strict=False)
+        for part in split_rows(
+            piece | {"clip_seeds": clip_seeds(run.config, step.number, batch.clips)}, run.num_parts
+        )
+    )
     count = sum(len(part_starts(len(piece.clips), run.num_parts)) for piece in step.pieces)
     scale = run.accelerator.num_processes / step.num_tokens
     torch.manual_seed(step_seed(run.config, step.number, run.accelerator.process_index))
     try:
         for i in range(count):
             inputs = next(parts)
-            with nullcontext() if i == count - 1 else run.accelerator.no_sync(model):
-                loss = token_loss_sum(model, inputs)
+            with engine.accumulating(run.accelerator, run.wrapped, last=i == count - 1):
+                loss = token_loss_sum(run.wrapped, inputs)
                 totals.loss += loss.detach()
                 run.accelerator.backward(loss * scale)
     except torch.OutOfMemoryError:
@@ -424,10 +452,17 @@ def check(config: Config) -> None:
             f"--lora_targets {config.lora_targets}: {','.join(unknown)} is not in Whisper: "
             f"give some of {','.join(whisper.LORA_TARGETS)}"
         )
-    if config.cache_encoder and config.lora_scope != "decoder":
+    if config.tune != "lora" and config.quantize != "none":
         problems.append(
-            f"--cache_encoder true: the encoder changes with --lora_scope {config.lora_scope}: "
-            "give --lora_scope decoder"
+            f"--tune {config.tune}: weights in 8 or 4 bits cannot be trained, as --quantize "
+            f"{config.quantize} makes them: give --tune lora, or --quantize none"
+        )
+    scope = config.lora_scope if config.tune == "lora" else config.tune
+    if config.cache_encoder and scope not in ("decoder", "encoder_frozen"):
+        option = "lora_scope" if config.tune == "lora" else "tune"
+        problems.append(
+            f"--cache_encoder true: the encoder changes with --{option} {scope}: give "
+            f"--lora_scope decoder or --tune encoder_frozen"
         )
     if not whisper.is_scope(config.lora_scope):
         problems.append(
@@ -436,10 +471,11 @@ def check(config: Config) -> None:
     for name in (
         "num_epochs", "global_batch_size", "learning_rate", "lora_rank",
         "lora_alpha", "max_grad_norm", "eval_every", "save_every", "keep_checkpoints", "log_every",
+        "collective_timeout",
     ):  # fmt: skip
         if getattr(config, name) <= 0:
             problems.append(f"--{name} {getattr(config, name)}: give a positive number")
-    for name in ("max_batch_seconds", "memory_gib"):
+    for name in ("max_batch_seconds", "memory_gib", "max_minutes", "save_every_minutes"):
         if getattr(config, name) < 0:
             problems.append(f"--{name} {getattr(config, name)}: give a positive number, or 0")
     for name in ("warmup_ratio", "lora_dropout"):
@@ -464,8 +500,11 @@ def check_labels(
     )
 
 
-def fit_memory(config: Config, accelerator: Accelerator, model: whisper.PeftModel) -> MemoryPlan:
-    """Choose the micro-batch that fits, or say what the one given by hand will take."""
+def fit_memory(config: Config, accelerator: Accelerator, model: torch.nn.Module) -> MemoryPlan:
+    """Choose the micro-batch that fits, or say what the one given by hand will take.
+
+    Where engines share weights or moments out, each process is counted as if it held all.
+    """
     device = accelerator.device
     sizes = [(one.numel(), one.element_size(), one.requires_grad) for one in model.parameters()]
     weights = Weights(
@@ -476,6 +515,7 @@ def fit_memory(config: Config, accelerator: Accelerator, model: whisper.PeftMode
         "bytes_per_value": 4 if accelerator.mixed_precision == "no" else 2,
         "device": device.type,
         "encoder_cached": config.cache_encoder,
+        "full": config.tune != "lora",
     }
     if config.max_batch_seconds:
         predicted = predict_gib(
@@ -499,7 +539,7 @@ def fit_memory(config: Config, accelerator: Accelerator, model: whisper.PeftMode
 @torch.no_grad()
 def cache_encoder(run: Run, train: Dataset, dtype: torch.dtype) -> EncoderCache:
     """Compute the encoder's outputs of all training clips, or find them done."""
-    seconds, base = column(train, "seconds"), run.model.get_base_model()
+    seconds, base = column(train, "seconds"), whisper.base_of(run.model)
     windows = batching.cache_windows(seconds, run.config.context)
     folder = run.output / "encoder_cache"
     cache = EncoderCache(folder, windows, base.config.d_model, dtype)
@@ -526,12 +566,9 @@ def cache_encoder(run: Run, train: Dataset, dtype: torch.dtype) -> EncoderCache:
     mine = batches[at::of]
     loader = load_batches(train, mine, run.collate, num_workers=run.config.num_workers)
     shown = track(loader, total=len(mine), what="encoding, batches", quiet=not first)
-    run.model.eval()
-    for batch, inputs in zip(mine, shown, strict=True):
-        with run.accelerator.autocast():
-            states = whisper.encode(base, inputs["waves"])
-        cache.fill(batch, states)
-    run.model.train()
+    with decoding_model(run) as model, run.accelerator.autocast():
+        for batch, inputs in zip(mine, shown, strict=True):
+            cache.fill(batch, whisper.encode(model, inputs["waves"]))
     run.accelerator.wait_for_everyone()
     if first:
         finish(cache, identity)
@@ -539,12 +576,18 @@ def cache_encoder(run: Run, train: Dataset, dtype: torch.dtype) -> EncoderCache:
     return cache
 
 
-def not_finite(step: Step, dataset: Dataset, norm: float) -> cli.UserError:
-    """The error that names the clips whose gradient is not finite."""
-    ids = ", ".join(str(dataset[clip]["id"]) for clip in step.batch.clips)
+def not_finite(run: Run, step: Step, dataset: Dataset, norm: float) -> cli.UserError:
+    """The error that names the clips whose gradient is not finite; they are written down, too."""
+    told = dataset.select_columns(["id", "seconds", "text"])
+    clips = [told[clip] for clip in step.batch.clips]
+    dump = run.output / "bad_batch.json"
+    if run.accelerator.is_main_process:
+        write_json(dump, {"step": step.number + 1, "gradient_norm": str(norm), "clips": clips})
+    ids = ", ".join(str(clip["id"]) for clip in clips)
     return cli.UserError(
-        f"--learning_rate: the gradient's norm is {norm} in step {step.number + 1} (clips {ids}); "
-        "nothing was saved since: lower the rate, use bf16 for fp16, or look at these clips"
+        f"--learning_rate: the gradient's norm is {norm} in step {step.number + 1} (clips {ids}; "
+        f"see {dump}); nothing was saved since: lower the rate, use bf16 for fp16, or look at "
+        "these clips"
     )
 
 
@@ -554,19 +597,39 @@ def _due(step: int, every: int) -> bool:
 
 def evaluate_loss(run: Run, step: int) -> None:
     """Log the validation loss; keep the adapter if it is the best so far."""
-    loss = validation_loss(run.accelerator, run.model, run.validation, run.collate, run.loss_plan())
+    loss = validation_loss(run, run.loss_plan())
     log(run.journal, {"step": step, "eval_loss": loss})
     if step and (run.best is None or loss < run.best["eval_loss"]):
         run.best = {"step": step, "eval_loss": loss}
-        save_adapter(run, "adapter_best", step)
+        save_model(run, "best", step)
+
+
+@contextmanager
+def decoding_model(run: Run) -> Iterator[WhisperForConditionalGeneration]:
+    """The model as it is now, for evaluation: every process holds the whole of it.
+
+    Where the engine shards it, a copy is loaded and gets the trained weights.
+    """
+    model = run.model
+    if engine.is_sharded(run.accelerator):
+        config, dtype = run.config, whisper.base_of(run.model).dtype
+        base = whisper.load_base(config.model, dtype=dtype, device=run.accelerator.device)
+        base.generation_config = whisper.base_of(run.model).generation_config
+        model = trainable_model(config, base)
+        copies = dict(model.named_parameters())
+        for name, parameter in engine.trained_parameters(run.model).items():
+            copies[name].data.copy_(engine.whole(parameter))
+    model.eval()
+    with whisper.merged(model) as merged:
+        yield merged
+    run.model.train()
 
 
 def transcribe_validation(
     run: Run, batches: Sequence[DecodeBatch], tokens_per_second: float
 ) -> dict[str, Prediction]:
     """Decode batches of validation clips, shared out among the processes."""
-    run.model.eval()
-    with whisper.merged(run.model) as model:
+    with decoding_model(run) as model:
         mine = eval_wer.transcribe(
             model,
             run.tokenizer,
@@ -575,7 +638,6 @@ def transcribe_validation(
             task=run.prepared["config"]["task"],
             tokens_per_second=tokens_per_second,
         )
-    run.model.train()
     return eval_wer.gather(mine)
 
 
@@ -584,7 +646,7 @@ def try_validation(run: Run) -> None:
     shortest = run.loss_plan()[-1]
     few = replace(shortest, clips=shortest.clips[-SANITY_CLIPS:])
     batches = [few] * run.accelerator.num_processes  # one for each
-    validation_loss(run.accelerator, run.model, run.validation, run.collate, batches)
+    validation_loss(run, batches)
     windows = (few.context,) * len(few.clips)
     transcribe_validation(run, [DecodeBatch(few.clips, windows)], tokens_per_second=0.0)
 
@@ -604,20 +666,23 @@ def evaluate_wer(run: Run, step: int) -> None:
     log_text(run.journal, "predictions", "\n\n".join(texts), step)
 
 
-def save_adapter(run: Run, name: str, step: int) -> None:
-    """Write OUTPUT_DIR/NAME for plain PEFT, with its recipe, on rank 0."""
-    if run.accelerator.is_main_process:
-        checkpoint.save_adapter(run.output / name, run.model, run.made | {"step": step})
+def save_model(run: Run, name: str, step: int) -> None:
+    """Write OUTPUT_DIR/adapter, adapter_best, model or model_best with its recipe."""
+    kind = "adapter" if run.config.tune == "lora" else "model"
+    folder = run.output / (f"{kind}_{name}" if name else kind)
+    checkpoint.save_model(
+        folder, run.accelerator, run.model, run.config.model, run.made | {"step": step}
+    )
 
 
 def save_checkpoint(run: Run, step: int, totals: Totals) -> None:
-    """Write a checkpoint to go on from, on rank 0; the loss since the last log line with it."""
+    """Write a checkpoint to go on from, with the loss since the last log line."""
+    start = time.monotonic()
     loss = run.accelerator.reduce(totals.loss.clone()).item()
     scaler = run.accelerator.scaler
-    if not run.accelerator.is_main_process:
-        return
     checkpoint.save(
         run.output / "checkpoints",
+        run.accelerator,
         step=step,
         model=run.model,
         optimizer=run.optimizer,
@@ -630,15 +695,64 @@ def save_checkpoint(run: Run, step: int, totals: Totals) -> None:
         },
         keep=run.config.keep_checkpoints,
     )
+    run.stop.saved(time.monotonic() - start)
+
+
+def find_checkpoint(
+    config: Config, accelerator: Accelerator, identity: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The checkpoint to go on from ("" for none) and its state, as the first process sees them."""
+    found: list[Any] = ["", {"step": 0, "best": None, "loss": 0.0, "tokens": 0}, ""]
+    if accelerator.is_main_process and config.resume == "auto":
+        try:
+            folder, warnings = checkpoint.find(
+                Path(config.output_dir) / "checkpoints",
+                identity,
+                changed_too=config.resume_changed,
+            )
+            accelerator.print("\n".join(warnings), end="\n" if warnings else "")
+            if folder is not None:
+                found[:2] = [str(folder), checkpoint.read_state(folder)]
+        except cli.UserError as error:
+            found[2] = str(error)
+    path, state, problem = broadcast_object_list(found)
+    if problem:
+        raise cli.UserError(problem)
+    return path, state
+
+
+def trainable_model(config: Config, base: WhisperForConditionalGeneration) -> torch.nn.Module:
+    """The base with what is to be trained: a fresh adapter on it, or its own weights."""
+    if config.tune != "lora":
+        whisper.train_all(base, encoder=config.tune == "full")
+        return base
+    return whisper.add_lora(
+        base,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets.split(","),
+        dropout=config.lora_dropout,
+        scope=config.lora_scope,
+    )
 
 
 def main(config: Config) -> None:
     check(config)
+    limits = {"max_minutes": config.max_minutes, "save_every_minutes": config.save_every_minutes}
+    with engine.clear_errors(config.collective_timeout), listen(**limits) as stop:
+        train(config, stop)
+
+
+def train(config: Config, stop: Stop) -> None:
     whisper.quiet_libraries()
     started = time.perf_counter()
     output = Path(config.output_dir)
     precision = {"auto": None, "fp32": "no"}.get(config.precision, config.precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=output)
+    accelerator = engine.open_accelerator(
+        precision=precision, output=output, timeout_minutes=config.collective_timeout
+    )
+    engine.check(accelerator, quantize=config.quantize, precision=accelerator.mixed_precision)
+    stop.join(accelerator)
     say, leader = accelerator.print, accelerator.is_main_process
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise cli.UserError("--precision auto: accelerate launch asks for fp16, which needs a GPU")
@@ -661,15 +775,12 @@ def main(config: Config) -> None:
     identity = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
     identity["precision"] = accelerator.mixed_precision
     identity["data_dir"] = hashlib.sha256(json.dumps(prepared).encode()).hexdigest()[:16]
-    found = checkpoint.find(output / "checkpoints", identity) if config.resume == "auto" else None
-    state = (
-        checkpoint.read_state(found)
-        if found
-        else {"step": 0, "best": None, "loss": 0.0, "tokens": 0}
-    )
+    found, state = find_checkpoint(config, accelerator, identity)
 
     # ------ model
     held = DTYPES[{"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)]
+    if config.tune != "lora":
+        held = torch.float32  # of weights that are trained
     base = whisper.load_base(
         config.model, dtype=held, quantize=config.quantize, device=accelerator.device
     )
@@ -679,23 +790,19 @@ def main(config: Config) -> None:
         "window": batching.window_policy(config.context),
     }
     set_seed(config.seed)
-    adapted = whisper.add_lora(
-        base,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        targets=config.lora_targets.split(","),
-        dropout=config.lora_dropout,
-        scope=config.lora_scope,
-    )
-    memory = fit_memory(config, accelerator, adapted)
+    bare = trainable_model(config, base)
+    memory = fit_memory(config, accelerator, bare)
     config = replace(config, max_batch_seconds=memory.max_batch_seconds)
     if memory.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    trainable = [one for one in adapted.parameters() if one.requires_grad]
+    trainable = engine.trained_parameters(bare).values()
+    num_trainable = sum(one.numel() for one in trainable)
     optimizer = torch.optim.AdamW(
         trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    model, optimizer = accelerator.prepare(adapted, optimizer)
+    model, optimizer = engine.prepare(
+        accelerator, bare, optimizer, max_grad_norm=config.max_grad_norm
+    )
     model.train()
 
     # ------ run
@@ -704,15 +811,17 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
     journal = open_journal(accelerator, output, done=state["step"], total=total_steps)
     run = Run(
-        config, accelerator, adapted, optimizer, eval_wer.collator_for(base), tokenizer, validation,
-        prepared, made, identity, journal, output, state["best"],
+        config, accelerator, bare, model, optimizer, eval_wer.collator_for(base), tokenizer,
+        validation, prepared, made, identity, journal, output, state["best"], stop,
     )  # fmt: skip
     say(
         f"{len(train)} clips, {seconds.sum() / 3600:.2f} hours; {total_steps} steps of "
-        f"{config.global_batch_size} clips on {accelerator.num_processes} processes; "
-        f"{sum(one.numel() for one in trainable):,} trainable parameters; "
+        f"{config.global_batch_size} clips on {accelerator.num_processes} processes "
+        f"({engine.name(accelerator)}); {num_trainable:,} trainable parameters; "
         f"{accelerator.device.type}, {held}, base {config.quantize}"
     )
+    if config.tune != "lora" and config.learning_rate > FULL_RATE:
+        say(f"warning: --learning_rate {config.learning_rate:g} is for LoRA: try 1e-5")
     say(
         f"micro-batches of {memory.max_batch_seconds:g} s of window, "
         f"{memory.predicted_gib:.1f} GiB at most by formula"
@@ -720,7 +829,7 @@ def main(config: Config) -> None:
     )
     totals = Totals(torch.zeros((), device=accelerator.device))
     if found:
-        checkpoint.restore(found, adapted, optimizer)
+        checkpoint.restore(Path(found), accelerator, bare, optimizer, state["optimizer_steps"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         totals.loss += state["loss"] if leader else 0.0
@@ -740,16 +849,19 @@ def main(config: Config) -> None:
     steps = load_steps(
         config, accelerator, train, run.collate, first=state["step"], total=total_steps, cache=cache
     )
-    occasions = (config.log_every, config.eval_every, config.wer_every, config.save_every)
+    occasions = (config.log_every, config.eval_every, config.wer_every)
     mark = time.perf_counter()
+    done, reason = state["step"], ""
+    last = done >= total_steps
     for step, collated in steps:
+        began = time.monotonic()
         rate = learning_rate(step.number, config, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        train_step(run, model, step, collated, totals)
+        train_step(run, step, collated, totals)
         skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
         if skipped > MAX_SKIPPED_STEPS:
-            raise not_finite(step, train, math.inf)
+            raise not_finite(run, step, train, math.inf)
         totals.tokens += step.num_tokens
         totals.clips += len(step.batch.clips)
         totals.audio_seconds += float(seconds[list(step.batch.clips)].sum())
@@ -761,8 +873,10 @@ def main(config: Config) -> None:
         # ------ once in a while
         done = step.number + 1
         last = done == total_steps
-        if last or any(_due(done, every) for every in occasions):
-            norm = check_norms(totals, train)  # before anything is kept
+        reason, save_now = agree(stop, time.monotonic() - began)
+        save_now = save_now or bool(reason) or last or _due(done, config.save_every)
+        if save_now or any(_due(done, every) for every in occasions):
+            norm = check_norms(run, totals, train)  # before anything is kept
         if _due(done, config.log_every) or last:
             loss = accelerator.reduce(totals.loss).item() / totals.tokens
             speed = totals.clips / totals.seconds
@@ -781,23 +895,33 @@ def main(config: Config) -> None:
                 },
             )
             totals = Totals(torch.zeros_like(totals.loss))
+        if reason and not last:
+            save_checkpoint(run, done, totals)
+            break
         if validation is not None and (_due(done, config.eval_every) or last):
             evaluate_loss(run, done)
         if validation is not None and (_due(done, config.wer_every) or last):
             evaluate_wer(run, done)
-        if _due(done, config.save_every) or last:
+        if save_now:
             save_checkpoint(run, done, totals)
         mark = time.perf_counter()
 
     # ------ results
     journal.bar.close()
-    save_adapter(run, "adapter", total_steps)
+    steps.close()  # ends the processes that read ahead
+    if not last:
+        say(f"stopped by {reason} after step {done}, saved: the same command goes on from there")
+    else:
+        save_model(run, "", total_steps)
+    engine_name = engine.name(accelerator)
     # DDP holds the process group. Freed after it, gloo would wait, with Python's lock held, for a
     # thread of its own that waits for that lock.
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     del model
     accelerator.end_training()
+    if not last:
+        return
     if leader:
         write_json(
             output / "train.json",
@@ -808,12 +932,13 @@ def main(config: Config) -> None:
                 "encoder_cache_seconds": cache_seconds if cache else None,
                 "peak_memory_gib": peak_memory_gib(),
                 "processes": accelerator.num_processes,
+                "engine": engine_name,
                 "best": run.best,
                 "last": journal.last,
             }
             | made,
         )
-    say(f"adapter {output / 'adapter'}, figures {output / 'train.json'}")
+    say(f"{'adapter' if config.tune == 'lora' else 'model'} in {output}, figures in train.json")
 
 
 if __name__ == "__main__":

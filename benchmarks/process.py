@@ -35,7 +35,7 @@ def run(words: Sequence[Any], log: Path, environment: Mapping[str, str] | None =
         around = os.environ | dict(environment or {})
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=around)
         while process.poll() is None:
-            peak = max(peak, _tree_bytes(process.pid))
+            peak = max(peak, tree_bytes(process.pid))
             time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-SHOWN_LINES:])
@@ -43,7 +43,7 @@ def run(words: Sequence[Any], log: Path, environment: Mapping[str, str] | None =
     return Measured(time.perf_counter() - start, peak / 2**30)
 
 
-def _tree_bytes(pid: int) -> int:
+def tree_bytes(pid: int) -> int:
     """Proportional set size of a process and all below it, now."""
     try:
         root = psutil.Process(pid)

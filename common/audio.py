@@ -192,9 +192,17 @@ def encode_flac(samples: np.ndarray) -> bytes:
 
 
 def decode_flac(data: bytes) -> np.ndarray:
-    """Decode what `encode_flac` wrote: int16 (N,) at 16 kHz."""
-    samples, rate = soundfile.read(io.BytesIO(data), dtype="int16")
-    assert rate == SAMPLE_RATE and samples.ndim == 1, (rate, samples.shape)
+    """Decode what `encode_flac` wrote: int16 (N,) at 16 kHz, at most the 30 seconds of a window.
+
+    Raises:
+        AudioError: it is damaged, or not that.
+    """
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), frames=N_SAMPLES, dtype="int16")
+    except (RuntimeError, TypeError) as error:
+        raise AudioError(_reason(error)) from error
+    if rate != SAMPLE_RATE or samples.ndim != 1:
+        raise AudioError(f"{rate} Hz, {samples.ndim} channels")
     return samples
 
 

@@ -2,10 +2,13 @@
 inputs, which are the labels shifted right, and where in them label tokens are.
 """
 
-from collections.abc import Iterable, Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -13,6 +16,7 @@ from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from common import audio
 from common.batching import DecodeBatch, MicroBatch
+from common.cli import UserError
 from common.encoder_cache import EncoderCache
 
 IGNORED = -100  # label value that torch's cross entropy leaves out
@@ -52,7 +56,8 @@ class SpeechCollator:
             label_length: T; 0 leaves the labels out, for decoding.
 
         Raises:
-            ValueError: a label row that does not begin with the start token.
+            UserError: a label row that does not begin with the start token, or audio that cannot be
+                decoded.
         """
         waves = self.waves(rows, context)
         return waves | (self.labels(rows, label_length) if label_length else {})
@@ -62,7 +67,7 @@ class SpeechCollator:
         waves = torch.zeros(len(rows), context * audio.SAMPLES_PER_POSITION, dtype=torch.int16)
         for i, row in enumerate(rows):
             if row is not None:
-                clip = torch.from_numpy(audio.decode_flac(row["audio"]))[: waves.shape[1]]
+                clip = torch.from_numpy(_samples(row))[: waves.shape[1]]
                 waves[i, : len(clip)] = clip  # the window holds the clip but for rounding
         return {"waves": waves}
 
@@ -76,9 +81,10 @@ class SpeechCollator:
                 continue
             tokens = row["labels"]
             if tokens[0] != self.decoder_start_token_id:
-                raise ValueError(
-                    f"labels of clip {row.get('id')!r} begin with token {tokens[0]}, not with "
-                    f"the start of transcript, {self.decoder_start_token_id}"
+                raise UserError(
+                    f"--data_dir: labels of clip {row.get('id')!r} begin with token {tokens[0]}, "
+                    f"not with the start of transcript, {self.decoder_start_token_id}: run "
+                    "preprocess.py again"
                 )
             labels[i, : len(tokens) - 1] = torch.tensor(tokens[1:])
         shifted = shift_tokens_right(labels, self.pad_token_id, self.decoder_start_token_id)
@@ -87,6 +93,21 @@ class SpeechCollator:
             "labels": labels,
             "label_positions": label_positions(labels),
         }
+
+
+def _samples(row: dict[str, Any]) -> np.ndarray:
+    """A clip's samples, int16 (N,); raises UserError where they are not what was stored."""
+    try:
+        samples = audio.decode_flac(row["audio"])
+        lacking = row.get("seconds", 0.0) - (len(samples) + 1) / audio.SAMPLE_RATE
+        if lacking > 0:
+            raise audio.AudioError(f"its last {lacking:.2f} s are missing")
+    except audio.AudioError as error:
+        raise UserError(
+            f"--data_dir: the audio of clip {row.get('id')!r} is damaged ({error}): copy the "
+            "folder again or run preprocess.py again"
+        ) from error
+    return samples
 
 
 def label_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -106,13 +127,16 @@ class MicroBatches:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | UserError:
         batch = self.batches[index]
         rows = [None if clip is None else self.dataset[clip] for clip in batch.clips]
         if self.cache is not None:
             states = {"encoder_states": self.cache.read(batch)}
             return states | self.collate.labels(rows, batch.label_length)
-        return self.collate(rows, context=batch.context, label_length=batch.label_length)
+        try:
+            return self.collate(rows, context=batch.context, label_length=batch.label_length)
+        except UserError as error:
+            return error  # raised where it is read: a worker would wrap it in a traceback
 
 
 def load_batches(
@@ -122,18 +146,29 @@ def load_batches(
     *,
     num_workers: int,
     cache: EncoderCache | None = None,
-) -> Iterable[dict[str, torch.Tensor]]:
-    """Collated batches in order, prepared ahead by `num_workers` processes."""
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Collated batches in order, prepared ahead by `num_workers` processes.
+
+    Raises:
+        UserError: naming a clip that cannot be collated.
+    """
     if cache is not None:
         dataset = dataset.select_columns(["id", "labels"])  # audio is not read
-    return DataLoader(
+    loader = DataLoader(
         MicroBatches(dataset, batches, collate, cache),
         batch_size=None,  # items are batches already
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # what a worker does gains nothing from more
+    os.setpgid(0, 0)  # a signal to the run's process group is for the run, which ends its workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)

@@ -30,6 +30,9 @@ ALLOCATOR = {"cpu": 1.585, "cuda": 1.15}
 KEPT_ENCODER = 12
 KEPT_CROSS = 3  # layer of the decoder, an encoder position: key, value, the adapter's input
 KEPT_DECODER = 16  # layer of the decoder, a token
+# The same where all weights are trained: one input for query, key and value together, and the
+# feed-forward layer's inputs as well. Counted by reading, not measured.
+KEPT_ENCODER_FULL, KEPT_CROSS_FULL, KEPT_DECODER_FULL = 16, 2, 20
 DECODE_SECONDS = 960.0  # of window decoded at once; above it nothing is gained
 DECODE_SHARE = 0.5  # of the free memory, for keys and values; the rest is for what passes
 PASSING = 24  # tensors of width w that one layer's backward pass holds at once, a position
@@ -71,25 +74,30 @@ def predict_gib(
     device: str,
     checkpointing: bool = False,
     encoder_cached: bool = False,
+    full: bool = False,
     tokens_per_second: float = TOKENS_PER_SECOND,
 ) -> float:
-    """Peak GiB of a LoRA training step over `seconds` of window in one micro-batch.
+    """Peak GiB of a training step over `seconds` of window in one micro-batch.
 
     Args:
         bytes_per_value: of activations, 4 in float32 and 2 in half precision.
         device: "cpu" or "cuda".
         checkpointing: each layer keeps its input only and is computed again.
         encoder_cached: the encoder does not run.
+        full: all weights are trained, not an adapter.
         tokens_per_second: of labels.
     """
     positions = seconds * POSITIONS_PER_SECOND
     tokens = seconds * tokens_per_second
     width, dec = config.d_model, config.decoder_layers
     enc = 0 if encoder_cached else config.encoder_layers
+    of_encoder, of_cross, of_decoder = KEPT_ENCODER, KEPT_CROSS, KEPT_DECODER
+    if full:
+        of_encoder, of_cross, of_decoder = KEPT_ENCODER_FULL, KEPT_CROSS_FULL, KEPT_DECODER_FULL
     if checkpointing:
-        kept = enc * positions + dec * tokens + (KEPT_ENCODER + KEPT_CROSS) * positions
+        kept = enc * positions + dec * tokens + (of_encoder + of_cross) * positions
     else:
-        kept = (enc * KEPT_ENCODER + dec * KEPT_CROSS) * positions + dec * KEPT_DECODER * tokens
+        kept = (enc * of_encoder + dec * of_cross) * positions + dec * of_decoder * tokens
     activations = (kept + PASSING * positions) * width * bytes_per_value * ALLOCATOR[device]
     rows = min(ROWS_ON_CPU if device == "cpu" else ROWS_ON_GPU, tokens)
     logits = 2 * rows * config.vocab_size * 4
@@ -115,6 +123,7 @@ def plan_memory(
     device: str,
     checkpointing: bool = False,
     encoder_cached: bool = False,
+    full: bool = False,
 ) -> MemoryPlan:
     """The largest useful micro-batch whose predicted peak stays within `memory_gib`.
 
@@ -132,7 +141,7 @@ def plan_memory(
         while seconds >= one_clip:
             predicted = predict_gib(
                 config, weights, seconds=seconds, bytes_per_value=bytes_per_value, device=device,
-                checkpointing=checkpointed, encoder_cached=encoder_cached,
+                checkpointing=checkpointed, encoder_cached=encoder_cached, full=full,
             )  # fmt: skip
             if predicted <= memory_gib:
                 return MemoryPlan(seconds, checkpointed, predicted)

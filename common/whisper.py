@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
@@ -41,15 +42,14 @@ from peft import (  # noqa: E402
     LoraConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
     prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer  # noqa: E402
 
 Quantize = Literal["none", "int8", "nf4"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 ENCODED_SAMPLES = 60 * audio.SAMPLE_RATE  # encoded at once where no graph is kept
+FEATURE_ROOM = 2**33  # between the seeds of two modules' masks
 BASE_PROBE_SIZE = 8  # weights kept beside an adapter to know its base again
 BASE_PROBE_TOLERANCE = 0.02  # covers a checkpoint stored in bfloat16
 
@@ -190,9 +190,11 @@ def _encode(
         input_features: (B, M, F), F at most twice `max_source_positions`.
         attention_mask: ignored, as in the stock encoder.
     """
-    hidden = F.gelu(encoder.conv1(input_features))  # (B, D, F)
+    features = input_features.to(encoder.conv1.weight.dtype)
+    hidden = F.gelu(encoder.conv1(features))  # (B, D, F)
     hidden = F.gelu(encoder.conv2(hidden)).permute(0, 2, 1)  # (B, C, D)
-    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+    # Through the module, not its weight: sharded engines gather weights when a module is called.
+    hidden = hidden + encoder.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
     hidden = F.dropout(hidden, p=encoder.dropout, training=encoder.training)
     for layer in encoder.layers:
         hidden = layer(hidden, None, **kwargs)
@@ -216,9 +218,13 @@ def return_loss_sum(model: WhisperForConditionalGeneration) -> None:
 
     Features of the waves are computed on the way, on the model's device. The stock loss is the
     mean over a micro-batch, which weighs tokens by their company, and needs the logits of all
-    positions at once. The call still goes through every wrapper.
+    positions at once. The call still goes through every wrapper, and the loss through the call of
+    `proj_out`, because sharded engines gather a module's weights when it is called.
+
+    `clip_seeds` (B), where given, seed the dropout of the adapter's input.
     """
     model.forward = MethodType(_forward, model)
+    model.proj_out.forward = MethodType(_project, model.proj_out)
 
 
 @functools.wraps(WhisperForConditionalGeneration.forward)
@@ -230,8 +236,24 @@ def _forward(
     labels, positions = kwargs.pop("labels"), kwargs.pop("label_positions")
     if "waves" in kwargs:
         kwargs["input_features"] = features(model, kwargs.pop("waves"))
+    seeds = kwargs.pop("clip_seeds", None)
+    for module in model.modules() if seeds is not None else ():
+        if isinstance(module, FeatureDropout):
+            module.clip_seeds = seeds
     hidden = model.model(*args, **kwargs, use_cache=False).last_hidden_state  # (B, T, D)
-    return token_loss_sum(hidden, model.proj_out.weight, labels, positions)
+    return model.proj_out(hidden, labels, positions)
+
+
+def _project(
+    projection: torch.nn.Linear,
+    hidden: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    label_positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of hidden (..., D), or with labels (B, T) their summed loss."""
+    if labels is None:
+        return F.linear(hidden, projection.weight)
+    return token_loss_sum(hidden, projection.weight, labels, label_positions)
 
 
 # ------ LoRA
@@ -240,20 +262,32 @@ def _forward(
 class FeatureDropout(torch.nn.Module):
     """Dropout that draws one mask a clip and input feature, the same at all of its positions.
 
-    Whisper's windows have hundreds of positions, and on a CPU a random number for each of them
-    costs a tenth of a training step.
+    The mask is a function of the clip's seed, the module and the feature alone: it is the same
+    whatever batch, process or attempt the clip is computed in. And Whisper's windows have hundreds
+    of positions: on a CPU a random number for each of them costs a tenth of a training step.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, number: int) -> None:
         super().__init__()
         self.p = p
+        self.number = number  # of the module, so that no two draw the same
+        self.clip_seeds: torch.Tensor | None = None  # (B) of the batch that is computed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x (B, T, D)."""
         if not self.training or not self.p:
             return x
-        kept = torch.rand(len(x), 1, x.shape[-1], device=x.device) >= self.p
-        return x * (kept / (1 - self.p)).to(x.dtype)
+        features = torch.arange(x.shape[-1], device=x.device)  # (D)
+        seeds = self.clip_seeds.to(x.device)[:, None] + self.number * FEATURE_ROOM
+        kept = _hash(_hash(seeds) + features) >= self.p * 2**32  # (B, D)
+        return x * (kept[:, None] / (1 - self.p)).to(x.dtype)
+
+
+def _hash(x: torch.Tensor) -> torch.Tensor:
+    """Scatter non-negative int64 over 0 to 2^32: the mixing steps of Mulligan's 32-bit hash."""
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    return (x >> 16) ^ x
 
 
 def add_lora(
@@ -283,13 +317,38 @@ def add_lora(
         bias="none",
     )
     model = get_peft_model(base, config)
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and dropout:
-            module.lora_dropout["default"] = FeatureDropout(dropout)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for number, layer in enumerate(layers if dropout else ()):
+        layer.lora_dropout["default"] = FeatureDropout(dropout, number)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def train_all(base: WhisperForConditionalGeneration, *, encoder: bool) -> None:
+    """Make all weights trainable, with or without the encoder's; position sinusoids stay."""
+    for name, parameter in base.named_parameters():
+        is_encoder = name.startswith("model.encoder.")
+        fixed = name == "model.encoder.embed_positions.weight" or (is_encoder and not encoder)
+        parameter.requires_grad = not fixed
+
+
+def save(
+    folder: Path, model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str
+) -> None:
+    """Write an adapter as plain PEFT loads it, or a whole model as plain transformers does.
+
+    Args:
+        weights: whole tensors by the model's names: the adapter's, or all.
+        source: the checkpoint that the model is of, whose tokenizer goes with a whole one.
+    """
+    model.save_pretrained(folder, state_dict=weights)
+    if isinstance(model, PeftModel):
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        return
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    WhisperFeatureExtractor.from_pretrained(source).save_pretrained(folder)
 
 
 def is_scope(scope: str) -> bool:
@@ -351,17 +410,6 @@ def _keep_trainable_on_cpu(base: WhisperForConditionalGeneration) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's weights by name, on the CPU."""
-    found = get_peft_model_state_dict(model)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-
-
-def set_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `adapter_tensors` gave."""
-    set_peft_model_state_dict(model, tensors)
-
-
 def base_probe(model: WhisperForConditionalGeneration) -> list[float]:
     """A few weights that LoRA never touches, to tell bases of the same shape apart."""
     return model.model.decoder.layer_norm.weight[:BASE_PROBE_SIZE].float().tolist()
@@ -374,13 +422,22 @@ def same_base(probe: Sequence[float], other: Sequence[float]) -> bool:
     )
 
 
+def base_of(model: torch.nn.Module) -> WhisperForConditionalGeneration:
+    """The Whisper itself, with or without an adapter on it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 @contextmanager
-def merged(model: PeftModel) -> Iterator[WhisperForConditionalGeneration]:
+def merged(model: torch.nn.Module) -> Iterator[WhisperForConditionalGeneration]:
     """The base with the adapter added into its weights, for decoding; restored bit for bit after.
 
-    A quantised base is left unmerged, because merging would round the adapter away.
+    A quantised base is left unmerged, because merging would round the adapter away. A model without
+    an adapter is what it is.
     """
-    base = model.get_base_model()
+    base = base_of(model)
+    if not isinstance(model, PeftModel):
+        yield base
+        return
     if getattr(base, "quantization_method", None) is not None:
         yield base
         return

@@ -1,32 +1,80 @@
-"""Run a script as a user does, alone or as two processes that really talk to each other."""
+"""Run a script as a user does, alone or as processes that really talk to each other."""
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def command(
+    script: str, options: dict[str, object], *, processes: int = 1, config: str = "cpu"
+) -> list[str]:
+    """`script --key value ...`; with several processes under `accelerate launch` and a config."""
+    words = [script, *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
+    if processes == 1:
+        return [sys.executable, *words]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", f"accelerate_configs/{config}.yaml", "--mixed_precision", "no"]
+    return [*launch, "--num_processes", str(processes), "--main_process_port", "0", *words]
+
+
+def start(words: list[str], **options: Any) -> subprocess.Popen:
+    """Start a command from the project's folder, one thread a process, output kept."""
+    keep = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, **{"env": environment()} | keep | options)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 def run(
-    script: str, options: dict[str, object], *, processes: int = 1
+    script: str, options: dict[str, object], *, processes: int = 1, config: str = "cpu"
 ) -> subprocess.CompletedProcess:
-    """Run `script --key value ...`; with 2 processes under `accelerate launch` and gloo."""
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable]
-    if processes > 1:  # `--cpu --num_processes 2` would start one process without a word
-        environment["ACCELERATE_USE_CPU"] = "true"
-        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-        command += [*launch, "--num_processes", str(processes), "--main_process_port", "0"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    return subprocess.run(
-        [*command, script, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    """Run `script --key value ...` to its end; several processes really talk over gloo."""
+    words = command(script, options, processes=processes, config=config)
+    process = start(words)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes under `accelerate launch`, not those that read audio for them."""
+    return sorted(
+        (child for child in psutil.Process(launcher.pid).children()),
+        key=lambda child: int(child.environ().get("RANK", "0")),
     )
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    """A process and all below it."""
+    top = psutil.Process(process.pid)
+    return [top, *top.children(recursive=True)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen, seconds: float = 120.0) -> None:
+    """Wait until `there()`; fails where the process ends or time runs out before."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -40,3 +88,17 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def read_only(folder: Path, place: Path) -> Iterator[Path]:
+    """`folder` as a read-only file system at a new `place`; skips without root."""
+    place.mkdir()
+    bound = subprocess.run(["mount", "--bind", str(folder), str(place)], capture_output=True)
+    if os.geteuid() or bound.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

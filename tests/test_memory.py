@@ -42,7 +42,7 @@ for _ in range(2):
     labels = torch.randint(0, 50000, (clips, 30 * memory.TOKENS_PER_SECOND // 2))
     model(
         input_features=torch.randn(clips, 80, 3000), decoder_input_ids=labels, labels=labels,
-        label_positions=label_positions(labels),
+        label_positions=label_positions(labels), clip_seeds=torch.arange(clips),
     ).backward()
     optimizer.step()
 predicted = memory.predict_gib(

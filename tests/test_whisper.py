@@ -82,13 +82,27 @@ def test_a_frozen_encoder_keeps_no_graph(base):
 
 
 def test_feature_dropout_drops_whole_features_of_a_clip_and_keeps_the_mean():
-    torch.manual_seed(0)
-    dropped = whisper.FeatureDropout(0.25)(torch.ones(200, 7, 64))
+    dropout = whisper.FeatureDropout(0.25, number=3)
+    dropout.clip_seeds = torch.arange(200) * 17
+    dropped = dropout(torch.ones(200, 7, 64))
     assert (dropped == dropped[:, :1]).all()
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
     assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     plain = torch.ones(2, 3, 4)
-    assert whisper.FeatureDropout(0.25).eval()(plain) is plain
+    assert dropout.eval()(plain) is plain
+
+
+def test_a_clips_dropout_is_its_own_in_any_batch_and_differs_between_clips_and_modules():
+    first, second = whisper.FeatureDropout(0.5, number=0), whisper.FeatureDropout(0.5, number=1)
+    seeds = torch.tensor([5, 6, 2**32 - 1])
+    first.clip_seeds = second.clip_seeds = seeds
+    ones = torch.ones(3, 2, 1000)
+    masks, others = first(ones), second(ones)
+    first.clip_seeds = seeds[2:]
+    assert torch.equal(first(ones[:1]), masks[2:])
+    pairs = [(masks[0], masks[1]), (masks[1], masks[2]), (masks[0], others[0])]
+    for one, other in pairs:
+        assert 0.4 < (one == other).float().mean() < 0.6
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])

@@ -1,0 +1,160 @@
+"""The same training under each engine, on two machines, against one process.
+
+    python -m benchmarks.engines --data_dir prepared --model MODEL --output_dir engines
+
+Needs root: the machines are two network namespaces, and what travels between them is counted on the
+cable. A table says for each engine whether losses and word error rate agree, and what it costs.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machines, process
+from common import cli
+from common.files import write_json, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINES = {
+    "one process": "",
+    "DDP": "multi_node",
+    "ZeRO-1": "deepspeed_zero1",
+    "ZeRO-2": "deepspeed_zero2",
+    "ZeRO-3": "deepspeed_zero3",
+    "ZeRO-3, offloaded": "deepspeed_zero3_offload",
+    "FSDP2": "fsdp2",
+}
+FIRST_PORT = 29_700  # free in a fresh namespace
+POLL_SECONDS = 0.1
+
+
+@dataclass
+class Config:
+    """The same training under each engine, on two machines, against one process."""
+
+    data_dir: str  # folder that preprocess.py wrote
+    model: str  # Whisper checkpoint
+    output_dir: str = "engines"  # work and figures; must be new
+    tunes: str = "lora,full"  # what is trained, as train_lora.py --tune has it
+    max_steps: int = 6  # optimizer steps of 8 clips; the first is not counted
+    eval_clips: int = 8  # validation clips that are scored after the last
+
+
+def train(config: Config, tune: str, name: str, port: int, output: Path) -> dict[str, Any]:
+    """One run on one or two machines: its figures."""
+    rate = "1e-3" if tune == "lora" else "1e-5"
+    words = [
+        "train_lora.py", "--model", config.model, "--data_dir", config.data_dir,
+        "--max_steps", str(config.max_steps), "--global_batch_size", "8", "--tune", tune,
+        "--learning_rate", rate, "--log_every", "1", "--eval_every", "1000000",
+        "--save_every", "1000000", "--eval_clips", str(config.eval_clips), "--num_workers", "1",
+        "--max_batch_seconds", "30",
+    ]  # fmt: skip
+    commands = []
+    for node in range(2 if ENGINES[name] else 1):
+        folder = ["--output_dir", str(output if node == 0 else output / "of_node1")]
+        launch = []
+        if ENGINES[name]:
+            launch = ["-m", "accelerate.commands.launch", "--mixed_precision", "no"]
+            launch += ["--config_file", f"accelerate_configs/{ENGINES[name]}.yaml"]
+            launch += machines.launch_words(node, port)
+        commands.append(machines.on_machine(node, [sys.executable, *launch, *words, *folder]))
+    threads = str(max(1, (os.cpu_count() or 1) // len(commands)))
+    started, sent, running = time.monotonic(), {}, []
+    for node, command in enumerate(commands):
+        environment = os.environ | machines.environment(node) | {"OMP_NUM_THREADS": threads}
+        log = (output.parent / f"{output.name}.{node}.log").open("w")
+        running.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        )
+    peak = 0
+    while any(one.poll() is None for one in running):
+        peak = max(peak, sum(process.tree_bytes(one.pid) for one in running))
+        steps = len(losses(output))
+        if steps and steps not in sent:
+            sent[steps] = machines.bytes_on_cable()
+        time.sleep(POLL_SECONDS)
+    if any(one.returncode for one in running):
+        raise cli.UserError(f"--output_dir: {name} failed: see {output.parent}/{output.name}.*.log")
+    told = json.loads((output / "train.json").read_text(encoding="utf-8"))
+    speeds = list(losses(output, "clips_per_second").values())[1:]
+    last = config.max_steps
+    return {
+        "loss": losses(output),
+        "wer": losses(output, "wer_raw")[last],
+        "engine": told["engine"],
+        "processes": told["processes"],
+        "step_seconds": 8 / statistics.median(speeds),
+        "wall_seconds": time.monotonic() - started,
+        "peak_memory_gib": peak / 2**30,
+        "bytes_per_step": (sent[last] - sent[1]) / (last - 1) if {1, last} <= sent.keys() else None,
+    }
+
+
+def losses(output: Path, key: str = "loss") -> dict[int, float]:
+    """A figure of metrics.jsonl by step, as far as it is written."""
+    try:
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError:
+        return {}
+    return {one["step"]: one[key] for one in map(json.loads, lines) if key in one}
+
+
+def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Markdown, a row for each engine and what was trained."""
+    lines = [
+        "| trained | engine | largest difference of a loss | WER | s a step | peak memory, GiB "
+        "| MB a step between the machines |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for tune, engines in found.items():
+        expected = engines["one process"]
+        for name, one in engines.items():
+            worst = max(
+                abs(one["loss"][step] / loss - 1) for step, loss in expected["loss"].items()
+            )
+            agrees = "the same" if one["wer"] == expected["wer"] else f"{one['wer']:.2f}"
+            wer = f"{one['wer']:.2f}" if one is expected else agrees
+            sent = "" if one["bytes_per_step"] is None else f"{one['bytes_per_step'] / 1e6:.1f}"
+            lines.append(
+                f"| {tune} | {name} | {worst:.1e} | {wer} | {one['step_seconds']:.2f} "
+                f"| {one['peak_memory_gib']:.2f} | {'' if one is expected else sent} |"
+            )
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    output = Path(config.output_dir).resolve()
+    if output.exists():
+        raise cli.UserError(f"--output_dir {output}: is there already: give a new folder")
+    output.mkdir(parents=True)
+    config.data_dir, config.model = (
+        str(Path(one).resolve()) for one in (config.data_dir, config.model)
+    )
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    try:
+        with machines.two_machines():
+            for tune in config.tunes.split(","):
+                found[tune] = {}
+                for name in ENGINES:
+                    port = FIRST_PORT + sum(len(one) for one in found.values())
+                    run = output / f"{tune}_{name.replace(' ', '_').replace(',', '')}"
+                    found[tune][name] = train(config, tune, name, port, run)
+                    print(json.dumps({"tune": tune, "name": name} | found[tune][name]), flush=True)
+    except RuntimeError as error:
+        raise cli.UserError(f"--output_dir {output}: {error}") from error
+    write_json(output / "engines.json", found)
+    write_text(output / "engines.md", table(found) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

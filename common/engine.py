@@ -1,0 +1,297 @@
+"""What DDP, DeepSpeed and FSDP each want done differently; the rest of a run is the same for all.
+
+`accelerate launch` chooses the engine. ZeRO-1, ZeRO-2 and DDP hold the whole model in every process
+and ZeRO the optimizer in parts; ZeRO-3 and FSDP hold both in parts: sharded.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from common.cli import UserError
+
+WEIGHTS = "weights"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for every trained parameter
+# What torch's backends say when another process of the run has ended or does not answer.
+LOST_CONTACT = (
+    "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out",
+    "Broken pipe", "NCCL communicator was aborted", "remote process exited", "Watchdog caught",
+)  # fmt: skip
+
+
+def open_accelerator(
+    *, precision: str | None, timeout_minutes: float, output: Path | None = None
+) -> Accelerator:
+    """The Accelerator of a run, on GPUs or, where there is none, on CPUs over gloo.
+
+    Args:
+        precision: "no", "bf16", "fp16"; `None` takes what `accelerate launch` says.
+        output: where TensorBoard's records go, if they are wanted.
+        timeout_minutes: that a process waits for the others before it gives up.
+    """
+    has_gpu, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for more
+    group = InitProcessGroupKwargs(
+        backend=None if has_gpu or not several else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if output is None else "tensorboard",
+        project_dir=output,
+        cpu=not (has_gpu or _asks("DEEPSPEED")),
+        kwargs_handlers=[group],
+    )
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and _asks("FSDP"):
+        # Accelerate shards on a CPU as well, but chooses it for GPUs only.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    # Else transformers would cut weights while it reads them, under ZeRO-3, and cannot for Whisper.
+    unset_hf_deepspeed_config()
+    return accelerator
+
+
+def _asks(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def name(accelerator: Accelerator) -> str:
+    """ "none", "ddp", "zero1" to "zero3", "fsdp2"."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if kind == DistributedType.FSDP:
+        return f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "none" if kind == DistributedType.NO else "ddp"
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no process holds the whole model."""
+    return name(accelerator) in ("zero3", "fsdp2")
+
+
+def check(accelerator: Accelerator, *, quantize: str, precision: str) -> None:
+    """Refuse what an engine cannot do.
+
+    Raises:
+        UserError: naming the engine and the reason.
+    """
+    engine = name(accelerator)
+    if engine == "fsdp1":
+        raise UserError(
+            "--config_file: fsdp_version 1 cannot hold trained and frozen weights together: "
+            "take accelerate_configs/fsdp2.yaml"
+        )
+    if quantize != "none" and is_sharded(accelerator):
+        raise UserError(
+            f"--quantize {quantize}: {engine} cuts weights into pieces of float numbers, which "
+            "packed 8- and 4-bit weights are not: take DDP, ZeRO-1 or ZeRO-2, which hold them whole"
+        )
+    if engine.startswith("zero") and precision == "fp16":
+        raise UserError(
+            "--precision fp16: DeepSpeed scales the loss by itself, which a resumed run could not "
+            "repeat: give bf16 or fp32"
+        )
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Wrap model and optimizer for the engine."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": 1,  # of samples it never counts
+            "gradient_clipping": max_grad_norm,
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is fused on a CPU too
+        }
+    return accelerator.prepare(model, optimizer)
+
+
+def accumulating(
+    accelerator: Accelerator, model: torch.nn.Module, *, last: bool
+) -> AbstractContextManager:
+    """Within it a backward pass adds to the gradient; only the `last` of a step exchanges it."""
+    accelerator.sync_gradients = last  # DeepSpeed steps in the backward pass where it is set
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def share_out(model: torch.nn.Module) -> None:
+    """Give whole weights back that FSDP keeps after a forward pass, for a backward one to come."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def clip_gradient(
+    accelerator: Accelerator, model: torch.nn.Module, max_norm: float
+) -> torch.Tensor:
+    """Clip the gradient of a step, where DeepSpeed has not; its norm before, on the device."""
+    norm = accelerator.clip_grad_norm_(trained_parameters(model).values(), max_norm)
+    return _full(torch.as_tensor(norm).detach())
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name; to be asked anew after `prepare`."""
+    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
+# ------ whole tensors of a run whose processes hold parts: all processes must call
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A parameter as float32 on its device, at full precision where a master copy is trained."""
+    if parameter.requires_grad and (hasattr(parameter, "ds_id") or _in_zero(parameter)):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    if hasattr(parameter, "ds_id"):  # ZeRO-3, frozen
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone().float()
+    return _full(parameter.detach()).float()
+
+
+def moment(
+    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str
+) -> torch.Tensor:
+    """One of the MOMENTS of a trained parameter."""
+    if hasattr(parameter, "ds_id") or _in_zero(parameter):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, name)
+    return _full(optimizer.state[parameter][name])
+
+
+def restore(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    read: Callable[[str, str], torch.Tensor],
+    steps: float,
+) -> None:
+    """Put weights and AdamW's state back into a prepared run, whatever engine they come from.
+
+    Args:
+        read: gives the whole tensor of a kind ("weights" or one of the MOMENTS) and a name.
+        steps: that the optimizer has taken.
+    """
+    sample = next(iter(parameters.values()))
+    if hasattr(sample, "ds_id") or _in_zero(sample):
+        _restore_zero(optimizer, parameters, read, steps)
+        return
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        state["step"] = _count(steps, parameter)
+        for kind in MOMENTS:
+            state[kind] = torch.zeros_like(parameter)
+            _fill(state[kind], read(kind, name))
+        _fill(parameter.detach(), read(WEIGHTS, name))
+
+
+def steps_taken(optimizer: torch.optim.Optimizer) -> float:
+    """Steps that AdamW has taken, by its own count."""
+    inner = _torch_optimizer(optimizer)
+    return max((float(state["step"]) for state in inner.state.values()), default=0.0)
+
+
+def _in_zero(parameter: torch.nn.Parameter) -> bool:
+    return hasattr(parameter, "_hp_mapping")  # ZeRO-1 and ZeRO-2
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole value into a tensor, or its part into a part."""
+    if isinstance(tensor, DTensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(
+            value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+        )
+    tensor.copy_(value)
+
+
+def _count(steps: float, parameter: torch.Tensor) -> torch.Tensor:
+    """Steps as fused AdamW counts them, on the parameter's device."""
+    return torch.tensor(steps, dtype=torch.float32, device=parameter.device)
+
+
+def _torch_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The AdamW within accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _restore_zero(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    read: Callable[[str, str], torch.Tensor],
+    steps: float,
+) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    zero, inner = optimizer.optimizer, _torch_optimizer(optimizer)
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        parts = zero.fp32_partitioned_groups_flat
+    else:
+        parts = zero.single_partition_of_fp32_groups
+    for part in parts:  # AdamW has no state before its first step
+        inner.state[part] = {
+            "step": _count(steps, part),
+            **{kind: torch.zeros_like(part) for kind in MOMENTS},
+        }
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in parameters.items():
+        value = read(WEIGHTS, name)
+        safe_set_full_fp32_param(parameter, value.to(parts[0].device))
+        _take_from_master(parameter, value)
+        for kind in MOMENTS:
+            safe_set_full_optimizer_state(parameter, read(kind, name).to(parts[0].device), kind)
+
+
+def _take_from_master(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Let the weights that the model computes with follow the master copy that was restored."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(value)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)
+
+
+# ------ when contact is lost
+
+
+@contextmanager
+def clear_errors(timeout_minutes: float) -> Iterator[None]:
+    """Turn a backend's words for a lost process into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_CONTACT):
+            raise
+        raise UserError(
+            "--collective_timeout: another process of this run ended, or did not answer for "
+            f"{timeout_minutes:g} minutes; what it said stands above or on its machine: start the "
+            "run again to go on from its last checkpoint"
+        ) from error

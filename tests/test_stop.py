@@ -1,0 +1,153 @@
+"""Stopping: signals, time limits; all processes agree, save and end well, and a run goes on."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import launch
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import records, small_options, train
+
+from common import stop as stopping
+from common.stop import Stop, agree, listen
+
+LONG = {"max_steps": 4000, "log_every": 1, "save_every": 100_000, "eval_every": 100_000}
+
+
+@pytest.fixture
+def options(checkpoint, prepared, tmp_path):
+    return small_options(checkpoint, prepared, tmp_path) | LONG
+
+
+def metrics(options):
+    return Path(options["output_dir"], "metrics.jsonl")
+
+
+def is_training(options):
+    return lambda: metrics(options).exists() and len(records(options, "loss")) > 3
+
+
+def saved_step(options):
+    (folder,) = Path(options["output_dir"], "checkpoints").iterdir()
+    return json.loads((folder / "state.json").read_text())["step"]
+
+
+def end(process, seconds):
+    """Its output, once it has ended by itself within so many seconds."""
+    start = time.monotonic()
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"did not end within {seconds} s: {process.communicate()}")
+    return time.monotonic() - start, out, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_ends_well_and_the_run_goes_on_exactly(options, number, tmp_path):
+    process = launch.start(launch.command("train_lora.py", options | {"num_workers": 1}))
+    launch.wait_for(is_training(options), process)
+    process.send_signal(number)
+    _, out, err = end(process, 10)
+    assert process.returncode == 0, err
+    assert f"stopped by {number.name} after step" in out
+    step = saved_step(options)
+    assert max(records(options, "loss")) <= step
+
+    total = step + 3
+    changed = {"max_steps": total, "resume_changed": True, "schedule": "linear"}
+    train(options | changed)
+    assert max(records(options, "loss")) == total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["last rank", "launcher"])
+def test_a_signal_to_one_of_two_processes_or_the_launcher_stops_both(options, target):
+    process = launch.start(launch.command("train_lora.py", options, processes=2))
+    launch.wait_for(is_training(options), process)
+    (process if target == "launcher" else launch.ranks(process)[-1]).send_signal(signal.SIGTERM)
+    _, out, err = end(process, 15)
+    assert "after step" in out and "stopped by" in out, (out[-2000:], err[-3000:])
+    if target != "launcher":  # accelerate's launcher reports its own signal as a failure
+        assert process.returncode == 0, err
+    assert saved_step(options) > 3
+
+
+def test_a_second_signal_counts_only_after_a_while():
+    """A terminal and a launcher both pass on one Ctrl-C."""
+    with listen(max_minutes=0, save_every_minutes=0) as stop:
+        stop.hear(signal.SIGTERM, None)
+        stop.hear(signal.SIGTERM, None)  # passed on: still here
+        assert agree(stop, 0.0) == ("SIGTERM", False)
+
+
+@pytest.mark.slow
+def test_a_second_signal_after_a_while_kills_the_process(tmp_path):
+    script = (
+        "import os, signal, time\n"
+        "from common.stop import listen\n"
+        "with listen(max_minutes=0, save_every_minutes=0) as stop:\n"
+        "    stop.hear(signal.SIGTERM, None)\n"
+        "    stop.signal_at -= 10\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(20)\n"
+    )
+    process = launch.start([launch.sys.executable, "-c", script])
+    assert process.wait(15) == -signal.SIGTERM
+
+
+def test_handlers_are_those_of_before_after_the_run():
+    before = signal.getsignal(signal.SIGTERM)
+    with listen(max_minutes=0, save_every_minutes=0):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_time_limit_stops_in_time_to_save_and_a_jumping_clock_changes_nothing(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stopping.time, "time", lambda: pytest.fail("looks at the wall clock"))
+    stop = Stop(max_seconds=100.0, save_every_seconds=30.0, started=1000.0, saved_at=1000.0)
+    assert agree(stop, 1.0) == ("", False)
+    now[0] += 30
+    assert agree(stop, 1.0) == ("", True)
+    stop.saved(seconds=10.0)
+    assert agree(stop, 1.0) == ("", False)
+    now[0] = 1000 + 100 - 2 * 10 - 3 - 1
+    assert agree(stop, 3.0)[0] == ""
+    now[0] += 2
+    assert agree(stop, 1.0)[0] == "--max_minutes"
+
+
+@pytest.mark.slow
+def test_a_run_with_a_time_limit_saves_before_it_and_saves_every_few_seconds(options):
+    own = options | {"max_minutes": 0.5, "save_every_minutes": 0.02, "keep_checkpoints": 1000}
+    start = time.monotonic()
+    done = launch.run("train_lora.py", own)
+    assert time.monotonic() - start < 30 + 3  # of the interpreter's own start and end
+    assert done.returncode == 0, done.stderr
+    assert "stopped by --max_minutes after step" in done.stdout
+    folders = list(Path(own["output_dir"], "checkpoints").iterdir())
+    assert len(folders) > 3
+    assert all(load_file(one / "weights.safetensors") for one in folders)
+
+
+def test_records_of_tensors_are_whole_after_a_stop(options, tmp_path):
+    """What a stopped and resumed run learns is what an unbroken one learns, to the last bit."""
+    whole = options | {"max_steps": 6, "save_every": 100, "output_dir": str(tmp_path / "whole")}
+    train(whole)
+    cut = whole | {"output_dir": str(tmp_path / "cut")}
+    done = launch.run("tests/stop_after.py", cut)
+    assert "stopped by SIGTERM after step 2" in done.stdout, done.stderr
+    assert not Path(cut["output_dir"], "adapter").exists()
+    train(cut)
+    assert records(cut, "loss") == records(whole, "loss")
+    name = "adapter/adapter_model.safetensors"
+    expected = load_file(Path(whole["output_dir"], name))
+    got = load_file(Path(cut["output_dir"], name))
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
