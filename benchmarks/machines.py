@@ -1,10 +1,11 @@
 """Two machines in one: network namespaces of Linux, joined by a cable whose bytes are counted."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NAMES = ("whisper-node0", "whisper-node1")
+NAMES = tuple(f"whisper-{os.getpid()}-node{node}" for node in range(2))
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 LINKS = ("wn0", "wn1")  # the cable's two ends
 
