@@ -86,16 +86,16 @@ def train(config: Config, tune: str, name: str, port: int, output: Path) -> dict
         raise cli.UserError(f"--output_dir: {name} failed: see {output.parent}/{output.name}.*.log")
     told = json.loads((output / "train.json").read_text(encoding="utf-8"))
     speeds = list(losses(output, "clips_per_second").values())[1:]
-    last = config.max_steps
+    first, last = min(sent), max(sent)  # seen; what comes after the last step is seen too late
     return {
         "loss": losses(output),
-        "wer": losses(output, "wer_raw")[last],
+        "wer": losses(output, "wer_raw")[config.max_steps],
         "engine": told["engine"],
         "processes": told["processes"],
         "step_seconds": 8 / statistics.median(speeds),
         "wall_seconds": time.monotonic() - started,
         "peak_memory_gib": peak / 2**30,
-        "bytes_per_step": (sent[last] - sent[1]) / (last - 1) if {1, last} <= sent.keys() else None,
+        "bytes_per_step": (sent[last] - sent[first]) / max(last - first, 1),
     }
 
 
@@ -123,7 +123,7 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
             )
             agrees = "the same" if one["wer"] == expected["wer"] else f"{one['wer']:.2f}"
             wer = f"{one['wer']:.2f}" if one is expected else agrees
-            sent = "" if one["bytes_per_step"] is None else f"{one['bytes_per_step'] / 1e6:.1f}"
+            sent = f"{one['bytes_per_step'] / 1e6:.1f}"
             lines.append(
                 f"| {tune} | {name} | {worst:.1e} | {wer} | {one['step_seconds']:.2f} "
                 f"| {one['peak_memory_gib']:.2f} | {'' if one is expected else sent} |"

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ sys.path.append(str(ROOT / "tests"))
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import train_lora  # noqa: E402
 from common import cli  # noqa: E402
@@ -56,6 +58,7 @@ def start(options: dict[str, object], output: Path) -> int:
     if child:
         return child
     code = 1
+    tqdm.set_lock(threading.RLock())  # the inherited one may be held by a run that was killed
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train_lora.main(train_lora.Config(**options, output_dir=str(output)))

@@ -19,6 +19,9 @@ CHUNK_SECONDS = 30  # Whisper's window
 N_SAMPLES = CHUNK_SECONDS * SAMPLE_RATE  # 480,000 samples in a 30-second window
 N_FFT = 400  # 25 ms
 HOP_LENGTH = 160  # 10 ms, one frame
+MAX_VALUES = (
+    100_000_000  # of a part before resampling: 30 s of 8 channels at 192 kHz are 47 million
+)
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the encoder halves the number of frames
 N_FRAMES = N_SAMPLES // HOP_LENGTH  # 3,000 frames in a 30-second window
 LOG_FLOOR = 1e-10  # power below which log10 is clamped
@@ -75,6 +78,8 @@ def read_audio(
         wanted = min(wanted or math.inf, max_seconds + 0.5)
     try:
         samples, rate = _read_soundfile(source, start_seconds, wanted)
+    except AudioError:
+        raise
     except (RuntimeError, OSError, TypeError, ValueError) as error:  # TypeError: headerless .raw
         samples, rate = _read_av(source, start_seconds, wanted, reason=_reason(error))
     mono = samples.mean(axis=1, dtype=np.float32)  # (N, channels) -> (N,)
@@ -98,6 +103,8 @@ def _read_soundfile(
         if start:
             file.seek(min(start, file.frames))
         frames = -1 if wanted is None else round(wanted * file.samplerate)
+        if min(frames % 2**63, file.frames) * file.channels > MAX_VALUES:
+            raise AudioError(f"{file.channels} channels at {file.samplerate} Hz are no speech")
         return file.read(frames, dtype="float32", always_2d=True), file.samplerate
 
 

@@ -110,7 +110,7 @@ def load_tokenizer(
         raise UserError(f"{task_option} {task!r} is not a task: give transcribe or translate")
     code = language_code(language, language_option) if language else ""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(_cannot_load(model, model_option, error)) from error
     missing = [name for name in (START, END, NO_TIMESTAMPS) if not _knows(tokenizer, name)]

@@ -105,7 +105,7 @@ def check_whisper(model: str) -> None:
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model}: this folder has no config.json: give a checkpoint's")
     try:
-        kind = AutoConfig.from_pretrained(model).model_type
+        kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         raise UserError(
             f"--model {model}: neither a folder here nor a model that the Hub answers for: "
@@ -347,7 +347,7 @@ def save(
     if isinstance(model, PeftModel):
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         return
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
     WhisperFeatureExtractor.from_pretrained(source).save_pretrained(folder)
 
 
@@ -382,8 +382,13 @@ def load_adapter(base: WhisperForConditionalGeneration, adapter: str) -> PeftMod
     """Put a saved adapter on its base.
 
     Raises:
-        UserError: no adapter there, or one of another base.
+        UserError: no adapter there, one that is not in safetensors, or one of another base.
     """
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"--adapter {adapter}: has no adapter_model.safetensors, and other files could run "
+            "code: give the adapter folder that train_lora.py wrote"
+        )
     try:
         config = LoraConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError) as error:

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 
 import launch
 import pytest
@@ -12,11 +15,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperConfig
 
-from benchmarks import flops, process, scaling, versus_recipe
+from benchmarks import engines, flops, kill_resume, process, scaling, versus_recipe
 from common import audio, cli, whisper
 from common.dataset import column, label_lengths, load_prepared
 
-BENCHMARKS = {"versus_recipe": versus_recipe, "scaling": scaling}
+BENCHMARKS = {
+    "versus_recipe": versus_recipe,
+    "scaling": scaling,
+    "engines": engines,
+    "kill_resume": kill_resume,
+}
 
 
 def common_voice(folder, clips=(16, 4, 4)):
@@ -151,3 +159,36 @@ def test_every_axis_is_measured_and_plotted(checkpoint, prepared, tmp_path):
         assert point["clips_per_second"] > 0 and point["peak_memory_gib"] > 0.1, point
     assert (output / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert not (output / "work").exists()
+
+
+@pytest.mark.slow
+def test_kills_are_counted_and_runs_compared(tmp_path):
+    """In a process of its own, because it forks."""
+    words = ["-m", "benchmarks.kill_resume", "--kills", "3", "--kills_per_run", "2"]
+    words += ["--max_steps", "12", "--output_dir", str(tmp_path / "killed")]
+    done = subprocess.run([sys.executable, *words], cwd=launch.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "killed" / "kill_resume.json").read_text(encoding="utf-8"))
+    assert found["kills"] >= 3
+    assert (found["lost"], found["changed"]) == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.root
+def test_an_engine_is_compared_with_one_process_and_its_bytes_are_counted(
+    checkpoint, prepared, tmp_path, monkeypatch
+):
+    if os.geteuid():
+        pytest.skip("needs root for network namespaces")
+    monkeypatch.setattr(engines, "ENGINES", {"one process": "", "DDP": "multi_node"})
+    config = engines.Config(
+        str(prepared), str(checkpoint), str(tmp_path / "engines"), tunes="lora", max_steps=30
+    )
+    engines.main(config)
+    found = json.loads((tmp_path / "engines" / "engines.json").read_text(encoding="utf-8"))["lora"]
+    assert (found["DDP"]["engine"], found["DDP"]["processes"]) == ("ddp", 2)
+    assert found["DDP"]["wer"] == found["one process"]["wer"]
+    gradient = 4 * 24_576 * 2  # r=32 on 12 projections of width 64, both ways
+    assert gradient < found["DDP"]["bytes_per_step"] < 3 * gradient
+    for step, loss in found["one process"]["loss"].items():
+        assert found["DDP"]["loss"][step] == pytest.approx(loss, rel=1e-4)

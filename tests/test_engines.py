@@ -105,15 +105,20 @@ def test_a_quantised_base_is_refused_with_the_reason_where_weights_are_cut(optio
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("deepspeed_zero3", None), ("fsdp2", "deepspeed_zero2"), (None, "fsdp2")]
+    ("first", "then"),
+    [
+        (("deepspeed_zero3", 2), ("cpu", 1)),
+        (("fsdp2", 2), ("deepspeed_zero2", 2)),
+        (("cpu", 1), ("fsdp2", 2)),
+        (("cpu", 4), ("cpu", 2)),
+    ],
 )
 def test_a_run_goes_on_with_other_processes_and_another_engine(options, one, folder, first, then):
-    """Stopped after 2 of 6 steps by a limit of steps that is then raised to the same as `one`'s."""
+    """Stopped by a signal in the second of 6 steps."""
     own = options | {"output_dir": str(folder / f"from_{first}_to_{then}")}
-    for config, stops in ((first, True), (then, False)):
+    for (config, processes), stops in ((first, True), (then, False)):
         script = "tests/stop_after.py" if stops else "train_lora.py"
-        processes = 1 if config is None else 2
-        done = launch.run(script, own, processes=processes, config=config or "cpu")
+        done = launch.run(script, own, processes=processes, config=config)
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("stopped by SIGTERM after step 2" in done.stdout) == stops, done.stdout
     assert "resumed at step 2" in done.stdout
