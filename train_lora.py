@@ -370,7 +370,8 @@ def train_step(
         torch.cuda.empty_cache()
         totals.loss = loss_before.clone()
         pieces = iter(arrived)
-    norm = engine.clip_gradient(accelerator, run.model, run.config.max_grad_norm)
+    norm = engine.clip_gradient(accelerator, optimizer, run.config.max_grad_norm)
+    engine.hold_if_not_finite(accelerator, optimizer, norm)
     optimizer.step()
     optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:  # as the fp16 scaler does
@@ -666,6 +667,16 @@ def evaluate_wer(run: Run, step: int) -> None:
     log_text(run.journal, "predictions", "\n\n".join(texts), step)
 
 
+def evaluate(run: Run, step: int, *, last: bool = False) -> None:
+    """What is due after a step; all of it after the last one."""
+    if run.validation is None:
+        return
+    if _due(step, run.config.eval_every) or last:
+        evaluate_loss(run, step)
+    if _due(step, run.config.wer_every) or last:
+        evaluate_wer(run, step)
+
+
 def save_model(run: Run, name: str, step: int) -> None:
     """Write OUTPUT_DIR/adapter, adapter_best, model or model_best with its recipe."""
     kind = "adapter" if run.config.tune == "lora" else "model"
@@ -675,8 +686,12 @@ def save_model(run: Run, name: str, step: int) -> None:
     )
 
 
-def save_checkpoint(run: Run, step: int, totals: Totals) -> None:
-    """Write a checkpoint to go on from, with the loss since the last log line."""
+def save_checkpoint(run: Run, step: int, totals: Totals, *, evaluated: bool) -> None:
+    """Write a checkpoint to go on from, with the loss since the last log line.
+
+    Args:
+        evaluated: whether what was to be evaluated after this step has been.
+    """
     start = time.monotonic()
     loss = run.accelerator.reduce(totals.loss.clone()).item()
     scaler = run.accelerator.scaler
@@ -691,6 +706,7 @@ def save_checkpoint(run: Run, step: int, totals: Totals) -> None:
             "best": run.best,
             "loss": loss,
             "tokens": totals.tokens,
+            "evaluated": evaluated,
             "scaler": None if scaler is None else scaler.state_dict(),
         },
         keep=run.config.keep_checkpoints,
@@ -702,7 +718,11 @@ def find_checkpoint(
     config: Config, accelerator: Accelerator, identity: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """The checkpoint to go on from ("" for none) and its state, as the first process sees them."""
-    found: list[Any] = ["", {"step": 0, "best": None, "loss": 0.0, "tokens": 0}, ""]
+    found: list[Any] = [
+        "",
+        {"step": 0, "best": None, "loss": 0.0, "tokens": 0, "evaluated": True},
+        "",
+    ]
     if accelerator.is_main_process and config.resume == "auto":
         try:
             folder, warnings = checkpoint.find(
@@ -809,7 +829,9 @@ def train(config: Config, stop: Stop) -> None:
     if leader and not found:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
-    journal = open_journal(accelerator, output, done=state["step"], total=total_steps)
+    journal = open_journal(
+        accelerator, output, done=state["step"], total=total_steps, evaluated=state["evaluated"]
+    )
     run = Run(
         config, accelerator, bare, model, optimizer, eval_wer.collator_for(base), tokenizer,
         validation, prepared, made, identity, journal, output, state["best"], stop,
@@ -835,6 +857,8 @@ def train(config: Config, stop: Stop) -> None:
         totals.loss += state["loss"] if leader else 0.0
         totals.tokens = state["tokens"]
         say(f"resumed at step {state['step']} from {found}")
+        if not state["evaluated"]:  # stopped by a signal before
+            evaluate(run, state["step"])
     elif validation is None:
         say("no validation split: no validation loss, no adapter_best")
     else:
@@ -895,15 +919,13 @@ def train(config: Config, stop: Stop) -> None:
                 },
             )
             totals = Totals(torch.zeros_like(totals.loss))
-        if reason and not last:
-            save_checkpoint(run, done, totals)
-            break
-        if validation is not None and (_due(done, config.eval_every) or last):
-            evaluate_loss(run, done)
-        if validation is not None and (_due(done, config.wer_every) or last):
-            evaluate_wer(run, done)
+        stopped = bool(reason) and not last
+        if not stopped:
+            evaluate(run, done, last=last)
         if save_now:
-            save_checkpoint(run, done, totals)
+            save_checkpoint(run, done, totals, evaluated=not stopped)
+        if stopped:
+            break
         mark = time.perf_counter()
 
     # ------ results
@@ -918,7 +940,7 @@ def train(config: Config, stop: Stop) -> None:
     # thread of its own that waits for that lock.
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    del model
+    del model, run.wrapped
     accelerator.end_training()
     if not last:
         return

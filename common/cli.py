@@ -117,7 +117,7 @@ def _one_line(box: str) -> str:
 def run(main: Callable[[C], None], config_class: type[C]) -> None:
     """Parse the command line and call `main`; a UserError becomes one line and exit code 2.
 
-    With several processes only rank 0 prints it.
+    With several processes the first one of each machine prints it.
     """
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
@@ -133,7 +133,7 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
 
 
 def _fail(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 

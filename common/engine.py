@@ -138,11 +138,27 @@ def share_out(model: torch.nn.Module) -> None:
 
 
 def clip_gradient(
-    accelerator: Accelerator, model: torch.nn.Module, max_norm: float
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_norm: float
 ) -> torch.Tensor:
     """Clip the gradient of a step, where DeepSpeed has not; its norm before, on the device."""
-    norm = accelerator.clip_grad_norm_(trained_parameters(model).values(), max_norm)
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
     return _full(torch.as_tensor(norm).detach())
+
+
+def hold_if_not_finite(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, norm: torch.Tensor
+) -> None:
+    """From the first gradient that is not finite on, let AdamW leave the weights as they are.
+
+    No GPU is waited for: fused AdamW reads the flag there. fp16's scaler has its own way, and
+    DeepSpeed has stepped already.
+    """
+    if accelerator.scaler is not None or accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return
+    inner = _torch_optimizer(optimizer)
+    bad = (~torch.isfinite(norm)).float()
+    inner.found_inf = torch.maximum(getattr(inner, "found_inf", bad), bad)
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

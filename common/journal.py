@@ -21,15 +21,18 @@ class Journal:
     last: dict[str, float] = field(default_factory=dict)  # newest value of every key
 
 
-def open_journal(accelerator: Accelerator, folder: Path, *, done: int, total: int) -> Journal:
+def open_journal(
+    accelerator: Accelerator, folder: Path, *, done: int, total: int, evaluated: bool = True
+) -> Journal:
     """Start or continue `folder/metrics.jsonl` and `folder/tensorboard` after `done` steps.
 
-    What an interrupted run recorded beyond `done`, the run will record again.
+    What an interrupted run recorded beyond `done`, the run will record again; evaluations after
+    step `done` as well, where it has them before it.
     """
     metrics, leader = folder / "metrics.jsonl", accelerator.is_main_process
     if leader:
         folder.mkdir(parents=True, exist_ok=True)
-        _keep_until(metrics, done if done else -1)
+        _keep_until(metrics, done if done else -1, evaluated)
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": done + 1}})
     bar = tqdm(
         total=total,
@@ -41,11 +44,16 @@ def open_journal(accelerator: Accelerator, folder: Path, *, done: int, total: in
     return Journal(accelerator, metrics, bar)
 
 
-def _keep_until(metrics: Path, last_step: int) -> None:
+def _keep_until(metrics: Path, last_step: int, evaluated: bool) -> None:
     if not metrics.exists():
         return
     lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no end
-    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+    kept = []
+    for line in lines:
+        record = json.loads(line)
+        done_again = record["step"] == last_step and not evaluated and "loss" not in record
+        if record["step"] <= last_step and not done_again:
+            kept.append(line)
     write_text(metrics, "".join(f"{line}\n" for line in kept))
 
 

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -223,6 +224,7 @@ def return_loss_sum(model: WhisperForConditionalGeneration) -> None:
 
     `clip_seeds` (B), where given, seed the dropout of the adapter's input.
     """
+    model.dropout_seeds = DropoutSeeds()
     model.forward = MethodType(_forward, model)
     model.proj_out.forward = MethodType(_project, model.proj_out)
 
@@ -236,10 +238,7 @@ def _forward(
     labels, positions = kwargs.pop("labels"), kwargs.pop("label_positions")
     if "waves" in kwargs:
         kwargs["input_features"] = features(model, kwargs.pop("waves"))
-    seeds = kwargs.pop("clip_seeds", None)
-    for module in model.modules() if seeds is not None else ():
-        if isinstance(module, FeatureDropout):
-            module.clip_seeds = seeds
+    model.dropout_seeds.of_clips = kwargs.pop("clip_seeds", None)
     hidden = model.model(*args, **kwargs, use_cache=False).last_hidden_state  # (B, T, D)
     return model.proj_out(hidden, labels, positions)
 
@@ -259,6 +258,13 @@ def _project(
 # ------ LoRA
 
 
+@dataclass
+class DropoutSeeds:
+    """What the dropout of all adapters of a model is drawn from."""
+
+    of_clips: torch.Tensor | None = None  # (B) of the batch that is computed
+
+
 class FeatureDropout(torch.nn.Module):
     """Dropout that draws one mask a clip and input feature, the same at all of its positions.
 
@@ -267,18 +273,18 @@ class FeatureDropout(torch.nn.Module):
     of positions: on a CPU a random number for each of them costs a tenth of a training step.
     """
 
-    def __init__(self, p: float, number: int) -> None:
+    def __init__(self, p: float, number: int, seeds: DropoutSeeds) -> None:
         super().__init__()
         self.p = p
         self.number = number  # of the module, so that no two draw the same
-        self.clip_seeds: torch.Tensor | None = None  # (B) of the batch that is computed
+        self.seeds = seeds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x (B, T, D)."""
         if not self.training or not self.p:
             return x
         features = torch.arange(x.shape[-1], device=x.device)  # (D)
-        seeds = self.clip_seeds.to(x.device)[:, None] + self.number * FEATURE_ROOM
+        seeds = self.seeds.of_clips[:, None] + self.number * FEATURE_ROOM
         kept = _hash(_hash(seeds) + features) >= self.p * 2**32  # (B, D)
         return x * (kept[:, None] / (1 - self.p)).to(x.dtype)
 
@@ -319,7 +325,7 @@ def add_lora(
     model = get_peft_model(base, config)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for number, layer in enumerate(layers if dropout else ()):
-        layer.lora_dropout["default"] = FeatureDropout(dropout, number)
+        layer.lora_dropout["default"] = FeatureDropout(dropout, number, base.dropout_seeds)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -115,9 +115,9 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/file/out cannot be written")
 
 
-def test_only_rank_zero_tells_the_error(monkeypatch, capsys):
+def test_only_the_first_process_of_a_machine_tells_the_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", "--nam", "x"])
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         cli.run(print, Example)
     assert capsys.readouterr().err == ""

@@ -90,9 +90,9 @@ def test_full_fine_tuning_under_any_engine_is_that_of_one_process(options, one_f
     assert_same(one_full, run_two(options, config, **FULL), "model", 1e-4)
 
 
-@pytest.mark.parametrize("config", ["cpu", "deepspeed_zero2"])
-def test_a_quantised_base_trains_under_engines_that_hold_it_whole(options, config):
-    own = run_two(options, config, quantize="int8", max_steps=3, resume="never")
+@pytest.mark.parametrize(("config", "quantize"), [("cpu", "nf4"), ("deepspeed_zero2", "int8")])
+def test_a_quantised_base_trains_under_engines_that_hold_it_whole(options, config, quantize):
+    own = run_two(options, config, quantize=quantize, max_steps=3, resume="never")
     assert all(math.isfinite(loss) for loss in records(own, "loss").values())
 
 

@@ -89,10 +89,11 @@ def test_the_score_is_bit_equal_for_any_batch_size(options, context):
 
 
 @pytest.mark.slow
-def test_the_score_is_bit_equal_for_two_processes(options, tmp_path):
+@pytest.mark.parametrize("config", ["cpu", "deepspeed_zero3", "fsdp2"])
+def test_the_score_is_bit_equal_for_two_processes_under_any_engine(options, tmp_path, config):
     one = scores(evaluate(options))
     two = options | {"output_dir": str(tmp_path / "two")}
-    done = launch.run("eval_wer.py", two, processes=2)
+    done = launch.run("eval_wer.py", two, processes=2, config=config)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     assert scores(json.loads(read(two, "wer.json"))) == one

@@ -140,13 +140,15 @@ def test_a_run_with_a_time_limit_saves_before_it_and_saves_every_few_seconds(opt
 def test_records_of_tensors_are_whole_after_a_stop(options, tmp_path):
     """What a stopped and resumed run learns is what an unbroken one learns, to the last bit."""
     whole = options | {"max_steps": 6, "save_every": 100, "output_dir": str(tmp_path / "whole")}
+    whole |= {"eval_every": 2, "wer_every": 2}  # due in the step that is stopped after
     train(whole)
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     done = launch.run("tests/stop_after.py", cut)
     assert "stopped by SIGTERM after step 2" in done.stdout, done.stderr
     assert not Path(cut["output_dir"], "adapter").exists()
     train(cut)
-    assert records(cut, "loss") == records(whole, "loss")
+    for key in ("loss", "eval_loss", "wer_raw"):
+        assert records(cut, key) == records(whole, key)
     name = "adapter/adapter_model.safetensors"
     expected = load_file(Path(whole["output_dir"], name))
     got = load_file(Path(cut["output_dir"], name))

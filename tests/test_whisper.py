@@ -82,8 +82,8 @@ def test_a_frozen_encoder_keeps_no_graph(base):
 
 
 def test_feature_dropout_drops_whole_features_of_a_clip_and_keeps_the_mean():
-    dropout = whisper.FeatureDropout(0.25, number=3)
-    dropout.clip_seeds = torch.arange(200) * 17
+    seeds = whisper.DropoutSeeds(torch.arange(200) * 17)
+    dropout = whisper.FeatureDropout(0.25, 3, seeds)
     dropped = dropout(torch.ones(200, 7, 64))
     assert (dropped == dropped[:, :1]).all()
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
@@ -93,12 +93,11 @@ def test_feature_dropout_drops_whole_features_of_a_clip_and_keeps_the_mean():
 
 
 def test_a_clips_dropout_is_its_own_in_any_batch_and_differs_between_clips_and_modules():
-    first, second = whisper.FeatureDropout(0.5, number=0), whisper.FeatureDropout(0.5, number=1)
-    seeds = torch.tensor([5, 6, 2**32 - 1])
-    first.clip_seeds = second.clip_seeds = seeds
+    seeds = whisper.DropoutSeeds(torch.tensor([5, 6, 2**32 - 1]))
+    first, second = (whisper.FeatureDropout(0.5, number, seeds) for number in (0, 1))
     ones = torch.ones(3, 2, 1000)
     masks, others = first(ones), second(ones)
-    first.clip_seeds = seeds[2:]
+    seeds.of_clips = seeds.of_clips[2:]
     assert torch.equal(first(ones[:1]), masks[2:])
     pairs = [(masks[0], masks[1]), (masks[1], masks[2]), (masks[0], others[0])]
     for one, other in pairs:
