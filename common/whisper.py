@@ -390,11 +390,6 @@ def load_adapter(base: WhisperForConditionalGeneration, adapter: str) -> PeftMod
     Raises:
         UserError: no adapter there, one that is not in safetensors, or one of another base.
     """
-    if not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"--adapter {adapter}: has no adapter_model.safetensors, and other files could run "
-            "code: give the adapter folder that train_lora.py wrote"
-        )
     try:
         config = LoraConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError) as error:
@@ -402,6 +397,11 @@ def load_adapter(base: WhisperForConditionalGeneration, adapter: str) -> PeftMod
             f"--adapter {adapter}: no LoRA adapter there ({_first_line(error)}): "
             "give the adapter folder that train_lora.py wrote"
         ) from error
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"--adapter {adapter}: has no adapter_model.safetensors, and other files could run "
+            "code: give the adapter folder that train_lora.py wrote"
+        )
     try:
         return PeftModel.from_pretrained(base, adapter, config=config)
     except (RuntimeError, ValueError, KeyError) as error:
