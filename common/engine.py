@@ -54,7 +54,9 @@ def open_accelerator(
     )
     if accelerator.distributed_type == DistributedType.MULTI_CPU and _asks("FSDP"):
         # Accelerate shards on a CPU as well, but chooses it for GPUs only.
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.fsdp_plugin = plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
         accelerator.state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     # Else transformers would cut weights while it reads them, under ZeRO-3, and cannot for Whisper.

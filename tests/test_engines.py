@@ -90,6 +90,14 @@ def test_full_fine_tuning_under_any_engine_is_that_of_one_process(options, one_f
     assert_same(one_full, run_two(options, config, **FULL), "model", 1e-4)
 
 
+@pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_half_precision_is_close_to_single_and_not_the_same(options, one_full, config):
+    own = run_two(options, config, **FULL, precision="bf16", eval_every=100)
+    expected, got = records(one_full, "loss"), records(own, "loss")
+    differences = [abs(got[step] / expected[step] - 1) for step in expected]
+    assert 1e-6 < max(differences) < 0.03, differences
+
+
 @pytest.mark.parametrize(("config", "quantize"), [("cpu", "nf4"), ("deepspeed_zero2", "int8")])
 def test_a_quantised_base_trains_under_engines_that_hold_it_whole(options, config, quantize):
     own = run_two(options, config, quantize=quantize, max_steps=3, resume="never")
