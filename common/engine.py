@@ -264,8 +264,6 @@ def _restore_zero(
     read: Callable[[str, str], torch.Tensor],
     steps: float,
 ) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     zero, inner = optimizer.optimizer, _torch_optimizer(optimizer)
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
         parts = zero.fp32_partitioned_groups_flat
@@ -280,10 +278,21 @@ def _restore_zero(
         zero._lazy_init_hp_params_optimizer_state()
     for name, parameter in parameters.items():
         value = read(WEIGHTS, name)
-        safe_set_full_fp32_param(parameter, value.to(parts[0].device))
+        _set_part(parameter, value.to(parts[0].device), None)
         _take_from_master(parameter, value)
         for kind in MOMENTS:
-            safe_set_full_optimizer_state(parameter, read(kind, name).to(parts[0].device), kind)
+            _set_part(parameter, read(kind, name).to(parts[0].device), kind)
+
+
+def _set_part(parameter: torch.nn.Parameter, value: torch.Tensor, kind: str | None) -> None:
+    """Set this process's part of a master weight (`None`) or of one of the MOMENTS."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.set_full_hp_param(value, kind)
+        return
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+    part = value.flatten()[rank * size : (rank + 1) * size]
+    padded = torch.nn.functional.pad(part, (0, size - len(part)))  # as ZeRO-3 pads the last part
+    parameter._z3_optimizer.set_local_hp_param(padded, parameter, kind)
 
 
 def _take_from_master(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:

@@ -119,6 +119,7 @@ def test_a_quantised_base_is_refused_with_the_reason_where_weights_are_cut(optio
         (("fsdp2", 2), ("deepspeed_zero2", 2)),
         (("cpu", 1), ("fsdp2", 2)),
         (("cpu", 4), ("cpu", 2)),
+        (("cpu", 1), ("deepspeed_zero3", 3)),  # parts are padded: 3 does not divide what is trained
     ],
 )
 def test_a_run_goes_on_with_other_processes_and_another_engine(options, one, folder, first, then):
