@@ -68,7 +68,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(there: Callable[[], bool], process: subprocess.Popen, seconds: float = 120.0) -> None:
+def wait_for(there: Callable[[], bool], process: subprocess.Popen, seconds: float = 300.0) -> None:
     """Wait until `there()`; fails where the process ends or time runs out before."""
     deadline = time.monotonic() + seconds
     while not there():
