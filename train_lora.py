@@ -646,8 +646,7 @@ def try_validation(run: Run) -> None:
     """Run loss and a short decoding on the shortest clips: what fails in them fails early."""
     shortest = run.loss_plan()[-1]
     few = replace(shortest, clips=shortest.clips[-SANITY_CLIPS:])
-    batches = [few] * run.accelerator.num_processes  # one for each
-    validation_loss(run, batches)
+    validation_loss(run, [few])
     windows = (few.context,) * len(few.clips)
     transcribe_validation(run, [DecodeBatch(few.clips, windows)], tokens_per_second=0.0)
 
@@ -730,7 +729,8 @@ def find_checkpoint(
                 identity,
                 changed_too=config.resume_changed,
             )
-            accelerator.print("\n".join(warnings), end="\n" if warnings else "")
+            for warning in warnings:
+                accelerator.print(warning)
             if folder is not None:
                 found[:2] = [str(folder), checkpoint.read_state(folder)]
         except cli.UserError as error:

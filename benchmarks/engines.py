@@ -69,12 +69,9 @@ def train(config: Config, tune: str, name: str, port: int, output: Path) -> dict
     started, sent, running = time.monotonic(), {}, []
     for node, command in enumerate(commands):
         environment = os.environ | machines.environment(node) | {"OMP_NUM_THREADS": threads}
-        log = (output.parent / f"{output.name}.{node}.log").open("w")
-        running.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        )
+        with (output.parent / f"{output.name}.{node}.log").open("w") as log:
+            keep = {"stdout": log, "stderr": subprocess.STDOUT}
+            running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **keep))
     peak = 0
     while any(one.poll() is None for one in running):
         peak = max(peak, sum(process.tree_bytes(one.pid) for one in running))
@@ -132,9 +129,7 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def main(config: Config) -> None:
-    output = Path(config.output_dir).resolve()
-    if output.exists():
-        raise cli.UserError(f"--output_dir {output}: is there already: give a new folder")
+    output = process.new_output(config.output_dir)
     output.mkdir(parents=True)
     config.data_dir, config.model = (
         str(Path(one).resolve()) for one in (config.data_dir, config.model)

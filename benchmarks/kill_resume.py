@@ -31,6 +31,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train_lora  # noqa: E402
+from benchmarks import process  # noqa: E402
 from common import cli  # noqa: E402
 from common.files import write_json  # noqa: E402
 
@@ -99,9 +100,7 @@ def runs(config: Config, options: dict[str, object], work: Path, life: float) ->
 
 
 def main(config: Config) -> None:
-    output = Path(config.output_dir)
-    if output.exists():
-        raise cli.UserError(f"--output_dir {output}: is there already: give a new folder")
+    output = process.new_output(config.output_dir)
     torch.set_num_threads(1)
     checkpoint = tiny.make_checkpoint(output / "model")
     source = tiny.make_corpus(output / "source", clips={"train": 21, "validation": 5, "test": 7})

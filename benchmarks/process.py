@@ -1,4 +1,4 @@
-"""Run a command and know its wall clock and the peak memory of its whole process tree."""
+"""Commands that are measured: where they write, their wall clock and their tree's peak memory."""
 
 import os
 import subprocess
@@ -11,8 +11,18 @@ from typing import Any
 
 import psutil
 
+from common.cli import UserError
+
 SAMPLE_SECONDS = 0.25
 SHOWN_LINES = 20  # of a failed command's output
+
+
+def new_output(output_dir: str) -> Path:
+    """The whole path of `--output_dir`, where nothing may be yet."""
+    output = Path(output_dir).resolve()
+    if output.exists():
+        raise UserError(f"--output_dir {output_dir}: exists: give a new folder")
+    return output
 
 
 @dataclass(frozen=True)

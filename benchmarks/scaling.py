@@ -248,9 +248,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
 
 
 def main(config: Config) -> None:
-    output = Path(config.output_dir).resolve()
-    if output.exists():
-        raise cli.UserError(f"--output_dir {config.output_dir}: exists: give a new folder")
+    output = process.new_output(config.output_dir)
     split = load_prepared(config.data_dir)[0]["train"]
     work = output / "work"
     work.mkdir(parents=True)

@@ -345,9 +345,7 @@ def table(found: dict[str, Any], gemm: float, precision: str) -> str:
 
 
 def main(config: Config) -> None:
-    output = Path(config.output_dir).resolve()
-    if output.exists():
-        raise cli.UserError(f"--output_dir {config.output_dir}: exists: give a new folder")
+    output = process.new_output(config.output_dir)
     output.mkdir(parents=True)
     if config.max_seconds < batching.FULL_CONTEXT / batching.POSITIONS_PER_SECOND:
         clips = shorter_clips(Path(config.data_dir), config.max_seconds, output / "source")

@@ -19,9 +19,7 @@ CHUNK_SECONDS = 30  # Whisper's window
 N_SAMPLES = CHUNK_SECONDS * SAMPLE_RATE  # 480,000 samples in a 30-second window
 N_FFT = 400  # 25 ms
 HOP_LENGTH = 160  # 10 ms, one frame
-MAX_VALUES = (
-    100_000_000  # of a part before resampling: 30 s of 8 channels at 192 kHz are 47 million
-)
+MAX_VALUES = 100_000_000  # read at once: 30 s of 8 channels at 192 kHz are 47 million
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the encoder halves the number of frames
 N_FRAMES = N_SAMPLES // HOP_LENGTH  # 3,000 frames in a 30-second window
 LOG_FLOOR = 1e-10  # power below which log10 is clamped
@@ -102,8 +100,8 @@ def _read_soundfile(
         start = round(start_seconds * file.samplerate)
         if start:
             file.seek(min(start, file.frames))
-        frames = -1 if wanted is None else round(wanted * file.samplerate)
-        if min(frames % 2**63, file.frames) * file.channels > MAX_VALUES:
+        frames = file.frames if wanted is None else round(wanted * file.samplerate)
+        if min(frames, file.frames) * file.channels > MAX_VALUES:
             raise AudioError(f"{file.channels} channels at {file.samplerate} Hz are no speech")
         return file.read(frames, dtype="float32", always_2d=True), file.samplerate
 

@@ -9,7 +9,9 @@ step from seed, step and clip, so seed and position are that state.
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +47,37 @@ def save(
         state: all else that a resumed run needs, as JSON.
     """
     leader, parameters = accelerator.is_main_process, engine.trained_parameters(model)
+    gatherers = {kind: partial(engine.moment, optimizer, kind) for kind in engine.MOMENTS}
+    gatherers[engine.WEIGHTS] = engine.whole
     with ExitStack() as stack:
-        partial = None
         if leader:
-            partial = stack.enter_context(new_folder(folder / f"step-{step:08d}"))
-        for kind in TENSORS:
-            tensors = {}
-            for name, parameter in parameters.items():
-                if kind == engine.WEIGHTS:
-                    found = engine.whole(parameter)
-                else:
-                    found = engine.moment(optimizer, parameter, kind)
-                if leader:
-                    tensors[name] = found.detach().cpu().contiguous()
+            written = stack.enter_context(new_folder(folder / f"step-{step:08d}"))
+        for kind in TENSORS:  # one after the other: a whole model's do not fit the memory at once
+            tensors = _gather(accelerator, parameters, gatherers[kind])
             if leader:
-                save_file(tensors, partial / _file(kind))
+                save_file(tensors, written / _file(kind))
         if leader:
-            digests = {kind: _digest(partial / _file(kind)) for kind in TENSORS}
+            digests = {kind: _digest(written / _file(kind)) for kind in TENSORS}
             steps = engine.steps_taken(optimizer)
             record = {"step": step, "optimizer_steps": steps, "sha256": digests} | state
-            write_json(partial / STATE, record)
+            write_json(written / STATE, record)
     if leader:
         for old in _folders(folder)[:-keep]:
             shutil.rmtree(old)
+
+
+def _gather(
+    accelerator: Accelerator,
+    parameters: dict[str, torch.nn.Parameter],
+    whole: Callable[[torch.nn.Parameter], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """What `whole` gives of each parameter, on the first process's CPU; nothing on the others."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        found = whole(parameter)
+        if accelerator.is_main_process:
+            tensors[name] = found.detach().cpu().contiguous()
+    return tensors
 
 
 def _file(kind: str) -> str:
@@ -203,12 +213,8 @@ def save_model(
         parameters = engine.trained_parameters(model)
     else:
         parameters = dict(model.named_parameters())
-    weights = {}
-    for name, parameter in parameters.items():
-        found = engine.whole(parameter)
-        if accelerator.is_main_process:
-            weights[name] = found.detach().cpu().contiguous()
+    weights = _gather(accelerator, parameters, engine.whole)
     if accelerator.is_main_process:
-        with new_folder(folder) as partial:
-            whisper.save(partial, model, weights, source)
-            write_json(partial / "recipe.json", made)
+        with new_folder(folder) as written:
+            whisper.save(written, model, weights, source)
+            write_json(written / "recipe.json", made)

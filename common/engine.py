@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.cli import UserError
@@ -173,7 +173,7 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     """A parameter as float32 on its device, at full precision where a master copy is trained."""
-    if parameter.requires_grad and (hasattr(parameter, "ds_id") or _in_zero(parameter)):
+    if parameter.requires_grad and _in_zero(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -186,10 +186,10 @@ def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def moment(
-    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str
+    optimizer: torch.optim.Optimizer, name: str, parameter: torch.nn.Parameter
 ) -> torch.Tensor:
     """One of the MOMENTS of a trained parameter."""
-    if hasattr(parameter, "ds_id") or _in_zero(parameter):
+    if _in_zero(parameter):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, name)
@@ -208,8 +208,7 @@ def restore(
         read: gives the whole tensor of a kind ("weights" or one of the MOMENTS) and a name.
         steps: that the optimizer has taken.
     """
-    sample = next(iter(parameters.values()))
-    if hasattr(sample, "ds_id") or _in_zero(sample):
+    if _in_zero(next(iter(parameters.values()))):
         _restore_zero(optimizer, parameters, read, steps)
         return
     for name, parameter in parameters.items():
@@ -224,11 +223,13 @@ def restore(
 def steps_taken(optimizer: torch.optim.Optimizer) -> float:
     """Steps that AdamW has taken, by its own count."""
     inner = _torch_optimizer(optimizer)
-    return max((float(state["step"]) for state in inner.state.values()), default=0.0)
+    first = next(iter(inner.state.values()), {"step": 0.0})  # all count the same
+    return float(first["step"])
 
 
 def _in_zero(parameter: torch.nn.Parameter) -> bool:
-    return hasattr(parameter, "_hp_mapping")  # ZeRO-1 and ZeRO-2
+    """Whether DeepSpeed cuts a parameter (ZeRO-3) or its master copy (ZeRO-1, ZeRO-2)."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,8 +239,6 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
 def _fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole value into a tensor, or its part into a part."""
     if isinstance(tensor, DTensor):
-        from torch.distributed.tensor import distribute_tensor
-
         value = distribute_tensor(
             value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
         )

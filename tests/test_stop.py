@@ -38,13 +38,11 @@ def saved_step(options):
 
 def end(process, seconds):
     """Its output, once it has ended by itself within so many seconds."""
-    start = time.monotonic()
     try:
-        out, err = process.communicate(timeout=seconds)
+        return process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         pytest.fail(f"did not end within {seconds} s: {process.communicate()}")
-    return time.monotonic() - start, out, err
 
 
 @pytest.mark.slow
@@ -53,7 +51,7 @@ def test_a_signal_saves_ends_well_and_the_run_goes_on_exactly(options, number, t
     process = launch.start(launch.command("train_lora.py", options | {"num_workers": 1}))
     launch.wait_for(is_training(options), process)
     process.send_signal(number)
-    _, out, err = end(process, 10)
+    out, err = end(process, 10)
     assert process.returncode == 0, err
     assert f"stopped by {number.name} after step" in out
     step = saved_step(options)
@@ -71,7 +69,7 @@ def test_a_signal_to_one_of_two_processes_or_the_launcher_stops_both(options, ta
     process = launch.start(launch.command("train_lora.py", options, processes=2))
     launch.wait_for(is_training(options), process)
     (process if target == "launcher" else launch.ranks(process)[-1]).send_signal(signal.SIGTERM)
-    _, out, err = end(process, 15)
+    out, err = end(process, 10)
     assert "after step" in out and "stopped by" in out, (out[-2000:], err[-3000:])
     if target != "launcher":  # accelerate's launcher reports its own signal as a failure
         assert process.returncode == 0, err
@@ -137,8 +135,7 @@ def test_a_run_with_a_time_limit_saves_before_it_and_saves_every_few_seconds(opt
     assert all(load_file(one / "weights.safetensors") for one in folders)
 
 
-def test_records_of_tensors_are_whole_after_a_stop(options, tmp_path):
-    """What a stopped and resumed run learns is what an unbroken one learns, to the last bit."""
+def test_a_run_stopped_where_it_was_to_evaluate_ends_as_an_unbroken_one(options, tmp_path):
     whole = options | {"max_steps": 6, "save_every": 100, "output_dir": str(tmp_path / "whole")}
     whole |= {"eval_every": 2, "wer_every": 2}  # due in the step that is stopped after
     train(whole)

@@ -20,13 +20,11 @@ PORTS = itertools.count(29_500)  # free in a fresh namespace
 @pytest.fixture(scope="module")
 def nodes():
     """Two machines; skips, saying so, where they cannot be made."""
-    made = machines.two_machines()
     try:
-        made.__enter__()
+        with machines.two_machines():
+            yield
     except RuntimeError as error:
         pytest.skip(str(error))
-    yield
-    made.__exit__(None, None, None)
 
 
 def start(node, options, config, port):
