@@ -60,7 +60,7 @@ MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip whil
 FREE_ON_RESUME = {
     "output_dir", "resume", "num_workers", "log_every", "save_every", "eval_every", "wer_every",
     "keep_checkpoints", "max_batch_seconds", "memory_gib", "save_every_minutes", "max_minutes",
-    "resume_changed", "collective_timeout",
+    "resume_changed", "collective_timeout", "cache_dir",
 }  # fmt: skip
 
 Tune = Literal["lora", "full", "encoder_frozen"]
@@ -95,6 +95,7 @@ class Config:
     lora_dropout: float = 0.05  # on the update's input, by feature
     lora_scope: str = "all"  # all, decoder, or top_K: the decoder and the encoder's last K layers
     cache_encoder: bool = False  # keep a frozen encoder's outputs on disk; needs one that is frozen
+    cache_dir: str = ""  # a local disk for these outputs; empty: OUTPUT_DIR/encoder_cache
     # ------ base
     quantize: whisper.Quantize = "none"  # int8 or nf4 hold the base in 8 or 4 bits, to fit
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto takes accelerate launch's setting
@@ -482,8 +483,6 @@ def check(config: Config) -> None:
     for name in ("warmup_ratio", "lora_dropout"):
         if not 0 <= getattr(config, name) < 1:
             problems.append(f"--{name} {getattr(config, name)}: give a share from 0 up to 1")
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        problems.append("--precision fp16: needs a GPU: give fp32 or bf16")
     if problems:
         raise cli.UserError("; ".join(problems))
 
@@ -542,7 +541,7 @@ def cache_encoder(run: Run, train: Dataset, dtype: torch.dtype) -> EncoderCache:
     """Compute the encoder's outputs of all training clips, or find them done."""
     seconds, base = column(train, "seconds"), whisper.base_of(run.model)
     windows = batching.cache_windows(seconds, run.config.context)
-    folder = run.output / "encoder_cache"
+    folder = Path(run.config.cache_dir or run.output / "encoder_cache")
     cache = EncoderCache(folder, windows, base.config.d_model, dtype)
     identity = {
         "model": run.config.model,
@@ -768,6 +767,8 @@ def train(config: Config, stop: Stop) -> None:
     started = time.perf_counter()
     output = Path(config.output_dir)
     precision = {"auto": None, "fp32": "no"}.get(config.precision, config.precision)
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise cli.UserError("--precision fp16: needs a GPU: give fp32 or bf16")
     accelerator = engine.open_accelerator(
         precision=precision, output=output, timeout_minutes=config.collective_timeout
     )

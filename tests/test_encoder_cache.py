@@ -86,6 +86,13 @@ def test_two_processes_fill_one_cache_and_train_the_same(options, tmp_path):
     assert np.allclose(losses(one), losses(two), atol=1e-4)
 
 
+def test_the_cache_lies_where_it_is_told_to(options, tmp_path):
+    elsewhere = tmp_path / "fast_disk" / "cache"
+    train(options | {"cache_dir": str(elsewhere), "max_steps": 1})
+    assert (elsewhere / "states.bin").is_file()
+    assert not launch.Path(options["output_dir"], "encoder_cache").exists()
+
+
 def test_a_disk_too_small_is_refused_with_the_forecast(options, monkeypatch):
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 10**5))
