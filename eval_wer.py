@@ -217,6 +217,15 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def key_values(system: dict[str, Any]) -> str:
+    """Rates in one line, as a program reads them: `wer_raw=68.7 cer_raw=28.7 ...`."""
+    return " ".join(
+        f"{rate}_{name}={rates[rate]:.5g}"
+        for name, rates in system["normalisers"].items()
+        for rate in ("wer", "cer")
+    )
+
+
 def _edits(systems: dict[str, dict[str, Any]], normaliser: str) -> str:
     """Word substitutions + deletions + insertions of all systems."""
     words = (one["normalisers"][normaliser]["words"] for one in systems.values())
@@ -242,6 +251,8 @@ def write_results(
     write_text(output / "predictions.jsonl", "".join(lines))
     write_json(output / "wer.json", systems | {"recipe": recipe(config)})
     print(table(systems))
+    for name, system in systems.items():
+        print(f"{name}: {key_values(system)}")
     print(f"scores {output / 'wer.json'}, texts {output / 'predictions.jsonl'}", flush=True)
 
 

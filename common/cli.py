@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import tyro
@@ -103,6 +103,30 @@ def _check_pairs(config_class: type, args: list[str]) -> None:
         raise UserError("; ".join(problems))
 
 
+def take_prefixed(args: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
+    """Part `--PREFIX.key value` pairs from the others; they lose their prefix.
+
+    >>> take_prefixed(["--role", "r", "--train.seed", "1", "--train.tune=full"], "train")
+    (['--role', 'r'], ['--seed', '1', '--tune=full'])
+    """
+    own, prefixed, start = [], [], f"--{prefix}."
+    into = own
+    for word in args:
+        if word.startswith("--"):
+            into = prefixed if word.startswith(start) else own
+        into.append(f"--{word[len(start) :]}" if word.startswith(start) else word)
+    return own, prefixed
+
+
+@contextlib.contextmanager
+def naming(prefix: str) -> Iterator[None]:
+    """Let a UserError about `--key` tell of `--PREFIX.key`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"(?<![\w-])--(?=[a-z])", f"--{prefix}.", str(error))) from error
+
+
 def _one_line(box: str) -> str:
     """Flatten tyro's framed message: its first paragraph, without the frame."""
     lines = [re.sub(r"[─-╿]", "", line).strip() for line in box.splitlines()]
@@ -119,9 +143,33 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
 
     With several processes the first one of each machine prints it.
     """
+    with _one_line_errors():
+        main(parse(config_class))
+
+
+def run_commands(commands: dict[str, Callable[[list[str]], None]], about: str) -> None:
+    """Call the sub-command that the first word names with the words after it; errors as in `run`.
+
+    Args:
+        about: what `--help` prints.
+    """
+    name, *args = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(about)
+        return
+    with _one_line_errors():
+        if name not in commands:
+            close = difflib.get_close_matches(name, commands, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(commands)}"
+            raise UserError(f"unknown command {name}: {hint}")
+        commands[name](args)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
-        main(parse(config_class))
+        yield
     except UserError as error:
         _fail(str(error))
     except Exception as error:

@@ -1,6 +1,7 @@
 """The README stays true: its commands parse, its option tables are the dataclasses."""
 
 import dataclasses
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 
 import eval_wer
 import preprocess
+import sagemaker_launch
 import train_lora
-from common import cli
+from common import cli, job_request
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,6 +58,48 @@ def test_the_option_table_is_the_dataclass(script):
         written = re.search(rf"^    {field.name}: .*? = (.*?)  # ", source, flags=re.M)[1]
         expected.append((field.name, shown_default(written), line[1]))
     assert rows == expected
+
+
+JOBS = {
+    "all jobs": job_request.Job, "`train`, `eval`": job_request.TrainingJob,
+    "`train`": job_request.Train, "`eval`": job_request.Eval, "`prepare`": job_request.Prepare,
+    "`status`, `logs`, `stop`, `fetch`": sagemaker_launch.Watch, "`logs`": sagemaker_launch.Logs,
+    "`fetch`": sagemaker_launch.Fetch, "`prices`": sagemaker_launch.Prices,
+}  # fmt: skip
+
+
+def test_the_option_table_of_the_launcher_is_its_dataclasses():
+    section = README.split("### Options of sagemaker_launch.py")[1].split("\n#")[0]
+    rows = re.findall(r"^\| `--(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", section, flags=re.M)
+    expected = []
+    for commands_of, config in JOBS.items():
+        written = re.findall(
+            r"^    (\w+): .*? = (.*?)  # (.*)$", inspect.getsource(config), flags=re.M
+        )
+        assert {name for name, _, _ in written} == set(config.__annotations__)
+        expected += [
+            (name, shown_default(value), help, commands_of) for name, value, help in written
+        ]
+    assert rows == expected
+
+
+LAUNCHES = re.findall(r"^python sagemaker_launch\.py (\w+) (.*)$", README, flags=re.M)
+
+
+@pytest.mark.parametrize(("command", "options"), LAUNCHES, ids=[name for name, _ in LAUNCHES])
+def test_every_launch_shown_is_accepted(command, options, capsys):
+    words = shlex.split(options.replace("BUCKET", "my-bucket"))
+    if "--dry_run" in words:
+        sagemaker_launch.COMMANDS[command](words)
+        assert "JobName" in capsys.readouterr().out
+        return
+    config = {"logs": sagemaker_launch.Logs, "fetch": sagemaker_launch.Fetch}
+    cli.parse(config.get(command, sagemaker_launch.Watch), words)
+
+
+def test_every_command_of_the_launcher_is_shown():
+    shown = set(re.findall(r"sagemaker_launch\.py (\w+)", README))
+    assert shown == set(sagemaker_launch.COMMANDS)
 
 
 def shown_default(written):

@@ -1,0 +1,83 @@
+"""What an instance type of SageMaker holds and costs; `None` where it is not known."""
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from common.files import write_json
+
+TABLE = Path(__file__).with_name("instances.json")
+# GPUs by family and size, from AWS's pages of instance types; "" is any other size.
+GPUS = {
+    "g4dn": {"12xlarge": 4, "metal": 8, "": 1},
+    "g5": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8, "": 1},
+    "g6": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8, "": 1},
+    "g6e": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8, "": 1},
+    "p3": {"8xlarge": 4, "16xlarge": 8, "": 1},
+    "p3dn": {"": 8},
+    "p4d": {"": 8},
+    "p4de": {"": 8},
+    "p5": {"4xlarge": 1, "": 8},
+    "p5e": {"": 8},
+    "p5en": {"": 8},
+}
+WITHOUT_GPU = re.compile(r"[cmrt]\d")  # families
+LOCAL_DISK = re.compile(r"(g4dn|g5|g6e?|p3dn|p4de?|p5(en?)?|[cmr]\d+\w*d\w*)$")  # of families
+HOUR_OF_TRAINING = re.compile(
+    r"(?:^|-)Train:(ml\.\S+)$"
+)  # how the price list names an hour of training
+
+
+def _family_and_size(instance_type: str) -> tuple[str, str]:
+    _, family, size = [*instance_type.split("."), "", ""][:3]
+    return family, size
+
+
+def num_gpus(instance_type: str) -> int | None:
+    """GPUs of one instance."""
+    family, size = _family_and_size(instance_type)
+    if family in GPUS:
+        return GPUS[family].get(size, GPUS[family][""])
+    return 0 if WITHOUT_GPU.match(family) else None
+
+
+def has_local_disk(instance_type: str) -> bool:
+    """Whether it brings its own disk, encrypted by itself: SageMaker then refuses a volume key."""
+    return bool(LOCAL_DISK.match(_family_and_size(instance_type)[0]))
+
+
+def price(instance_type: str, region: str, table: Path = TABLE) -> tuple[float, str] | None:
+    """USD an hour of one instance on demand, and the date of that price."""
+    prices = json.loads(table.read_text(encoding="utf-8"))["regions"].get(region, {})
+    found = prices.get("usd_an_hour", {}).get(instance_type)
+    return None if found is None else (found, prices["date"])
+
+
+def refresh(client: Any, region: str, table: Path = TABLE) -> int:
+    """Write a region's prices of today into the table; the number of instance types found.
+
+    Args:
+        client: of the AWS price list API, which answers in us-east-1 only.
+    """
+    prices = {}
+    pages = client.get_paginator("get_products").paginate(
+        ServiceCode="AmazonSageMaker",
+        Filters=[{"Type": "TERM_MATCH", "Field": "regionCode", "Value": region}],
+    )
+    for page in pages:
+        for text in page["PriceList"]:
+            product = json.loads(text)
+            named = HOUR_OF_TRAINING.search(product["product"]["attributes"].get("usagetype", ""))
+            if not named:
+                continue
+            for term in product["terms"].get("OnDemand", {}).values():
+                for dimension in term["priceDimensions"].values():
+                    prices[named[1]] = float(dimension["pricePerUnit"]["USD"])
+    if prices:
+        content = json.loads(table.read_text(encoding="utf-8"))
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        content["regions"][region] = {"date": today, "usd_an_hour": dict(sorted(prices.items()))}
+        write_json(table, content)
+    return len(prices)

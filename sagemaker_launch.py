@@ -1,0 +1,391 @@
+"""Prepare, train and score as Amazon SageMaker jobs, watch them and bring the results home.
+
+    python sagemaker_launch.py train --role ARN --image_uri URI --train_s3 s3://BUCKET/prepared \\
+        --output_s3 s3://BUCKET/whisper --instance_type ml.g5.2xlarge --train.model \\
+        openai/whisper-large-v2 --train.num_epochs 3 --dry_run true
+
+    train    train_lora.py on one node or many; --train.KEY VALUE for each of its options
+    eval     eval_wer.py; --eval.KEY VALUE for each of its options
+    prepare  preprocess.py on one node or many; --prepare.KEY VALUE for each of its options
+    status   phase, losses and word error rates so far, time, cost
+    logs     what the nodes print; --follow true goes on until the job ends
+    stop     let the job save and end
+    fetch    adapter, scores and curves into a folder
+    prices   renew the price table of a region
+
+`COMMAND --help` shows a command's options. A job is named by what `train` printed; the name of a
+sweep stands for all its jobs.
+"""
+
+import importlib
+import json
+import re
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import cli, instances, job_report
+from common.aws import NOT_THERE, client, split_uri, told_in_one_line
+from common.cli import UserError
+from common.dataset import RECIPE_NAME
+from common.files import new_folder
+from common.job_request import (
+    Eval,
+    Job,
+    Prepare,
+    Train,
+    all_problems,
+    build_processing_request,
+    build_request,
+    ceiling_hours,
+    channels,
+    prepared_s3,
+    region_of,
+    sweep,
+)
+
+SCRIPTS = {"train": "train_lora", "eval": "eval_wer", "prepare": "preprocess"}
+POLL_SECONDS = 5.0  # between two looks at the logs
+LATE_SECONDS = 30.0  # that a log line may come after the end of its job
+MAX_UNPACKED = 64 * 2**30  # bytes; a full fine-tune of large-v3 has 6 GB, twice with its best
+FETCHED = ("metrics.jsonl", "train.json", "tensorboard/", "adapter_best/", "model_best/")
+
+
+@dataclass
+class Watch:
+    """Which job."""
+
+    job: str = ""  # its name, or that of a sweep
+    region: str = ""  # empty: the one of AWS's own settings
+
+
+@dataclass
+class Logs(Watch):
+    """What the nodes print."""
+
+    follow: bool = False  # go on until the job ends
+
+
+@dataclass
+class Fetch(Watch):
+    """Bring a job's results home."""
+
+    output_dir: str = "fetched"  # OUTPUT_DIR/JOB is written
+
+
+@dataclass
+class Prices:
+    """Renew the price table of a region from AWS's price list."""
+
+    region: str = "us-east-1"  # whose prices are wanted
+
+
+# ------ starting jobs
+
+
+def script_options(args: list[str], command: str, given: dict[str, str], job: Job) -> Any:
+    """The options of the script that a job runs, checked as the script itself does.
+
+    Args:
+        args: `--key value` without prefix.
+        given: of a sweep, instead of what stands in `args`.
+    """
+    script = importlib.import_module(SCRIPTS[command])  # takes seconds: not for `status`
+    for key in given:
+        if any(word.partition("=")[0] == f"--{key}" for word in args):
+            raise UserError(f"--{command}.{key} stands in --sweep too: keep one")
+    with cli.naming(command):
+        words = [word for pair in given.items() for word in (f"--{pair[0]}", pair[1])]
+        options = cli.parse(script.Config, [*args, *words])
+        checked = options
+        if isinstance(job, Eval) and "adapter" in channels(job):
+            checked = replace(options, adapter=".")  # a folder, which the job's channel will be
+        script.check(checked)
+    return options
+
+
+def submit(args: list[str], command: str, job_class: type[Job]) -> None:
+    """Check everything, then print the requests or send them."""
+    own, nested = cli.take_prefixed(args, command)
+    job = cli.parse(job_class, own)
+    combinations = sweep(getattr(job, "sweep", ""), command)
+    name = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    names = [name] if len(combinations) == 1 else [
+        f"{name}-{number:02d}" for number in range(1, len(combinations) + 1)
+    ]  # fmt: skip
+    build = build_processing_request if isinstance(job, Prepare) else build_request
+    requests, problems = [], []
+    for combination, one in zip(combinations, names, strict=True):
+        options = script_options(nested, command, combination, job)
+        requests.append(build(replace(job, role=role_arn(job.role)), options, one))
+        problems += all_problems(job, options, requests[-1])
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    print(ceiling(job, len(requests)), file=sys.stderr)
+    if job.dry_run:
+        print(json.dumps(requests if len(requests) > 1 else requests[0], indent=2))
+        return
+    send(job, requests)
+    print(f"{len(requests)} jobs" if len(requests) > 1 else "1 job", f"started: {name}")
+    print(f"python sagemaker_launch.py status --job {name} --region {region_of(job)}")
+    if isinstance(job, Prepare):
+        print(f"the prepared data will be {prepared_s3(job, name)}")
+
+
+def role_arn(role: str) -> str:
+    """A role's ARN as it looks; the account of one that is named is IAM's to say."""
+    return role if not role or role.startswith("arn:") else f"arn:aws:iam::{12 * '0'}:role/{role}"
+
+
+def ceiling(job: Job, num_jobs: int) -> str:
+    """What jobs cost at most, in a line."""
+    hours = num_jobs * ceiling_hours(job)
+    found = instances.price(job.instance_type, region_of(job))
+    told = f"{num_jobs} x {job.instance_count} x {job.instance_type}, {hours:.1f} instance hours"
+    if found is None:
+        return (
+            f"cost ceiling: unknown ({told}; no price of {job.instance_type} in {region_of(job)})"
+        )
+    price, date = found
+    spot = ", on demand; spot is cheaper" if getattr(job, "spot", False) else ""
+    return f"cost ceiling: {hours * price:.2f} USD ({told} at {price:g} USD of {date}{spot})"
+
+
+def send(job: Job, requests: list[dict[str, Any]]) -> None:
+    """Look whether role and data are there, then start the jobs."""
+    region = region_of(job)
+    if not job.role.startswith("arn:"):
+        with told_in_one_line(f"--role {job.role}"):
+            role = client("iam", region).get_role(RoleName=job.role)["Role"]["Arn"]
+        requests = [request | {"RoleArn": role} for request in requests]
+    s3 = client("s3", region)
+    bucket, _ = split_uri(job.output_s3)
+    with told_in_one_line(f"--output_s3 {job.output_s3}"):
+        s3.head_bucket(Bucket=bucket)
+    for option, uri, file in inputs(job):
+        require(s3, option, uri, file)
+    sagemaker = client("sagemaker", region)
+    create = sagemaker.create_training_job
+    if isinstance(job, Prepare):
+        create = sagemaker.create_processing_job
+    for request in requests:
+        with told_in_one_line(f"--name {job.name}"):
+            create(**request)
+
+
+def inputs(job: Job) -> Iterator[tuple[str, str, str]]:
+    """Option, place and a file that must be in it, for everything that a job reads."""
+    if isinstance(job, Prepare):
+        yield "--source_s3", job.source_s3, job.source_file
+        return
+    for name, uri in channels(job).items():
+        option = "--adapter_job" if name == "adapter" and job.adapter_job else f"--{name}_s3"
+        yield option, uri, RECIPE_NAME if name in ("train", "test") else ""
+
+
+def require(s3: Any, option: str, s3_uri: str, file: str) -> None:
+    """Refuse a place that is empty, or lacks a file, before any instance is paid."""
+    bucket, prefix = split_uri(s3_uri)
+    key = prefix if prefix.endswith(".tar.gz") else f"{prefix}/{file}"
+    with told_in_one_line(f"{option} {s3_uri}"):
+        found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
+    if not found:
+        missing = f"has no {file}" if file else "is empty"
+        raise UserError(f"{option} {s3_uri}: {missing}: give what was written whole")
+
+
+def train(args: list[str]) -> None:
+    submit(args, "train", Train)
+
+
+def evaluate(args: list[str]) -> None:
+    submit(args, "eval", Eval)
+
+
+def prepare(args: list[str]) -> None:
+    submit(args, "prepare", Prepare)
+
+
+# ------ watching them
+
+
+def find_jobs(watch: Watch) -> tuple[Any, list[dict[str, Any]]]:
+    """A SageMaker client and descriptions of the job, or of all jobs of the sweep, of that name."""
+    if not watch.job:
+        raise UserError("--job is empty: give the name that `train` printed")
+    sagemaker = client("sagemaker", watch.region)
+    with told_in_one_line(f"--job {watch.job}"):
+        found = describe(sagemaker, watch.job)
+        if found:
+            return sagemaker, [found]
+        pages = sagemaker.get_paginator("list_training_jobs").paginate(NameContains=watch.job)
+        listed = (one["TrainingJobName"] for page in pages for one in page["TrainingJobSummaries"])
+        of_sweep = sorted(
+            name for name in listed if re.fullmatch(rf"{re.escape(watch.job)}-\d+", name)
+        )
+        jobs = [describe(sagemaker, name) for name in of_sweep]
+    if not jobs:
+        region = sagemaker.meta.region_name
+        raise UserError(f"--job {watch.job}: no such job in {region}: give the name, or --region")
+    return sagemaker, jobs
+
+
+def describe(sagemaker: Any, name: str) -> dict[str, Any] | None:
+    """A training job or, where there is none of the name, a processing job."""
+    for look in ("training", "processing"):
+        call = getattr(sagemaker, f"describe_{look}_job")
+        try:
+            return call(**{f"{look.title()}JobName": name})
+        except sagemaker.exceptions.ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code not in ("ValidationException", "ResourceNotFound", "ResourceNotFoundException"):
+                raise
+    return None
+
+
+def status(args: list[str]) -> None:
+    watch = cli.parse(Watch, args)
+    sagemaker, jobs = find_jobs(watch)
+    region = sagemaker.meta.region_name
+    s3 = client("s3", region)
+    reports = [job_report.report(job, records(s3, job), region) for job in jobs]
+    print(job_report.one(reports[0]) if len(reports) == 1 else job_report.several(reports))
+
+
+def records(s3: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a training job has logged so far: metrics.jsonl, which SageMaker copies as it grows."""
+    place = job.get("CheckpointConfig", {}).get("S3Uri", "")
+    if not place:
+        return []
+    bucket, prefix = split_uri(place)
+    try:
+        body = s3.get_object(Bucket=bucket, Key=f"{prefix}/metrics.jsonl")["Body"].read()
+    except s3.exceptions.ClientError as error:
+        if error.response["Error"]["Code"] in NOT_THERE:
+            return []
+        raise UserError(f"--job: {place}: AWS answers: {error}") from error
+    lines = body.decode().split("\n")[:-1]  # a torn last line has no end
+    return [json.loads(line) for line in lines]
+
+
+def logs(args: list[str]) -> None:
+    config = cli.parse(Logs, args)
+    sagemaker, jobs = find_jobs(config)
+    if len(jobs) > 1:
+        raise UserError(f"--job {config.job}: is a sweep of {len(jobs)} jobs: give one of them")
+    name, tokens = job_report.name_of(jobs[0]), {}
+    group = f"/aws/sagemaker/{'Training' if 'TrainingJobName' in jobs[0] else 'Processing'}Jobs"
+    events = client("logs", sagemaker.meta.region_name)
+    ended_at = None
+    while True:
+        with told_in_one_line(f"--job {config.job}"):
+            new = sorted(job_report.new_events(events, group, name, tokens))
+            state = job_report.state_of(describe(sagemaker, name))
+        for _, host, line in new:
+            print(f"{host}: {line}", flush=True)
+        if state not in job_report.RUNNING and ended_at is None:
+            ended_at = time.monotonic()
+        late = ended_at is not None and time.monotonic() - ended_at > LATE_SECONDS
+        if not config.follow or (ended_at is not None and (late or not new)):
+            break
+        time.sleep(POLL_SECONDS)
+    if not tokens:
+        print(f"{name} has printed nothing yet", file=sys.stderr)
+    elif config.follow:
+        print(f"{name}: {state}", file=sys.stderr)
+
+
+def stop(args: list[str]) -> None:
+    sagemaker, jobs = find_jobs(cli.parse(Watch, args))
+    for job in jobs:
+        name, state = job_report.name_of(job), job_report.state_of(job)
+        if state not in job_report.RUNNING:
+            print(f"{name}: {state} already")
+            continue
+        with told_in_one_line(f"--job {name}"):
+            if "TrainingJobName" in job:
+                sagemaker.stop_training_job(TrainingJobName=name)
+            else:
+                sagemaker.stop_processing_job(ProcessingJobName=name)
+        print(f"{name}: stopping; it has two minutes to save")
+
+
+# ------ bringing results home
+
+
+def fetch(args: list[str]) -> None:
+    config = cli.parse(Fetch, args)
+    sagemaker, jobs = find_jobs(config)
+    s3 = client("s3", sagemaker.meta.region_name)
+    for job in jobs:
+        name = job_report.name_of(job)
+        if "TrainingJobName" not in job:
+            raise UserError(f"--job {name}: prepared data stays in S3: give it as --train_s3")
+        folder = Path(config.output_dir, name)
+        with told_in_one_line(f"--job {name}"), new_folder(folder) as partial:
+            fetched = fetch_job(s3, job, partial)
+            if not fetched:
+                raise UserError(f"--job {name}: has written nothing yet: try again later")
+        print(f"{folder}: {', '.join(sorted(fetched))}")
+
+
+def fetch_job(s3: Any, job: dict[str, Any], folder: Path) -> set[str]:
+    """Download and unpack what a job has written; the names of what lies in `folder` then."""
+    place = job.get("CheckpointConfig", {}).get("S3Uri", "")
+    if place:
+        bucket, prefix = split_uri(place)
+        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+        keys = [one["Key"] for page in pages for one in page.get("Contents", [])]
+        for key in keys:
+            relative = key[len(prefix) + 1 :]
+            target = (folder / relative).resolve()
+            if relative.startswith(FETCHED) and target.is_relative_to(folder.resolve()):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                s3.download_file(bucket, key, str(target))
+    bucket, prefix = split_uri(job["OutputDataConfig"]["S3OutputPath"])
+    for archive in ("model.tar.gz", "output.tar.gz"):
+        key = "/".join(filter(None, [prefix, job["TrainingJobName"], "output", archive]))
+        unpack(s3, bucket, key, folder)
+    return {path.name for path in folder.iterdir()}
+
+
+def unpack(s3: Any, bucket: str, key: str, folder: Path) -> None:
+    """Unpack an archive of SageMaker, if it is there; nothing lands outside of `folder`."""
+    with tempfile.NamedTemporaryFile(dir=folder.parent, suffix=".tar.gz") as file:
+        try:
+            s3.download_fileobj(bucket, key, file)
+        except s3.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] in NOT_THERE:
+                return
+            raise
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:gz") as archive:
+                if sum(member.size for member in archive) > MAX_UNPACKED:
+                    raise UserError(f"s3://{bucket}/{key}: unpacks to over 64 GiB: look at it")
+                archive.extractall(folder, filter="data")
+        except tarfile.TarError as error:
+            raise UserError(f"s3://{bucket}/{key}: cannot be unpacked ({error})") from error
+
+
+def prices(args: list[str]) -> None:
+    config = cli.parse(Prices, args)
+    with told_in_one_line(f"--region {config.region}"):
+        found = instances.refresh(client("pricing", "us-east-1"), config.region)
+    if not found:
+        raise UserError(f"--region {config.region}: the price list has no training in it")
+    print(f"{found} instance types of {config.region} in {instances.TABLE}")
+
+
+COMMANDS = {
+    "train": train, "eval": evaluate, "prepare": prepare, "status": status, "logs": logs,
+    "stop": stop, "fetch": fetch, "prices": prices,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    cli.run_commands(COMMANDS, __doc__)

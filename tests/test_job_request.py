@@ -1,0 +1,353 @@
+"""Requests to SageMaker: golden ones, AWS's own limits, contradictions, metrics, prices."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import launch
+import pytest
+from strict_aws import BUCKET, IMAGE, ROLE_ARN
+from training import small_options, train
+
+import eval_wer
+import preprocess
+import sagemaker_launch
+import train_lora
+from common import cli, instances, job_check, job_request
+from common.job_request import Eval, Prepare, Train, build_request
+
+GOLDEN = Path(__file__).parent / "golden"
+NAME = "whisper-20261123-120000"
+BASE = {"role": ROLE_ARN, "image_uri": IMAGE, "output_s3": f"s3://{BUCKET}/whisper"}
+
+
+def train_job(**more):
+    return Train(**BASE | {"train_s3": f"s3://{BUCKET}/prepared"} | more)
+
+
+def train_request(options=None, **more):
+    return build_request(train_job(**more), train_lora.Config(**options or {}), NAME)
+
+
+def problems(options=None, **more):
+    """What is found wrong with a training job."""
+    job, config = train_job(**more), train_lora.Config(**options or {})
+    request = build_request(job, config, f"{job.name}-20261123-120000")
+    return job_request.all_problems(job, config, request)
+
+
+# ------ golden requests
+
+ORIGINAL = {
+    "instance_type": "ml.g5.2xlarge", "input_mode": "FastFile",
+    "environment": "WANDB_DISABLED=true",
+}  # fmt: skip
+ORIGINAL_OPTIONS = {
+    "model": "openai/whisper-large-v2", "quantize": "int8", "global_batch_size": 8,
+    "warmup_ratio": 0.05, "precision": "fp16",
+}  # fmt: skip
+REQUESTS = {
+    "original_recipe": lambda: train_request(ORIGINAL_OPTIONS, **ORIGINAL),
+    "ddp_2_nodes": lambda: train_request(
+        {"model": "openai/whisper-large-v3", "global_batch_size": 64},
+        instance_type="ml.g5.12xlarge", instance_count=2, stage_to_local=True,
+        input_mode="FastFile", tags="project=marathi,owner=speech", encrypt_traffic=True,
+        subnets="subnet-1a,subnet-1b", security_groups="sg-1",
+    ),
+    "zero2_spot_2_nodes": lambda: train_request(
+        {"model": "openai/whisper-large-v3", "tune": "full", "learning_rate": 1e-5},
+        instance_type="ml.p4d.24xlarge", instance_count=2, spot=True,
+        accelerate_config="deepspeed_zero2", max_run_seconds=43_200, max_wait_seconds=86_400,
+        max_retries=3, tensorboard_s3=f"s3://{BUCKET}/tensorboard", kms_key="alias/speech",
+        hf_token_from="secretsmanager:hf-token", remote_debug=True,
+    ),
+    "eval": lambda: build_request(
+        Eval(
+            **BASE, test_s3=f"s3://{BUCKET}/prepared", adapter_job="whisper-20261122-090000",
+            instance_count=2, keep_alive_seconds=0,
+        ),
+        eval_wer.Config(model="openai/whisper-large-v2", compare_base=True, context="full"), NAME,
+    ),
+    "prepare": lambda: job_request.build_processing_request(
+        Prepare(
+            **BASE, source_s3=f"s3://{BUCKET}/raw/mr", instance_count=4, kms_key="alias/speech"
+        ),
+        preprocess.Config(language="mr", model="openai/whisper-large-v2"), NAME,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_request_is_the_golden_one_and_aws_model_takes_it(name):
+    request = REQUESTS[name]()
+    file = GOLDEN / f"{name}.json"
+    assert request == json.loads(file.read_text(encoding="utf-8")), f"{file} differs"
+    operation = f"Create{'Processing' if name == 'prepare' else 'Training'}Job"
+    assert job_check.problems(operation, request) == []
+
+
+def test_everything_that_the_estimator_of_sdk_v2_sent_is_sent_or_has_its_reason():
+    """estimator_v2.json is what the HuggingFace estimator of sagemaker 2.257.7 really sent."""
+    theirs = json.loads((GOLDEN / "estimator_v2.json").read_text(encoding="utf-8"))
+    ours = REQUESTS["original_recipe"]()
+    different = {  # member -> why
+        "TrainingJobName": "a time of its own",
+        "HyperParameters": "plain strings, not JSON in JSON; no sagemaker_*: no toolkit reads them",
+        "DebugHookConfig": "an agent that nothing here uses",
+        "AlgorithmSpecification": "its own metrics",
+        "InputDataConfig": "one folder holds all splits",
+    }
+    for member, value in theirs.items():
+        if member not in different:
+            assert (
+                ours[member].items() >= value.items()
+                if isinstance(value, dict)
+                else (ours[member] == value)
+            ), f"{member}: {ours.get(member)} instead of {value}"
+    for key in ("TrainingImage", "EnableSageMakerMetricsTimeSeries"):
+        spec = theirs["AlgorithmSpecification"]
+        assert ours["AlgorithmSpecification"][key] == spec[key]
+    channel = theirs["InputDataConfig"][0]
+    assert ours["InputDataConfig"] == [channel]
+
+
+def test_only_options_that_differ_from_their_default_are_sent_and_booleans_are_spelled_plainly():
+    sent = train_request({"cache_encoder": True, "lora_scope": "decoder", "seed": 42})
+    assert sent["HyperParameters"] == {"cache_encoder": "true", "lora_scope": "decoder"}
+
+
+def test_what_is_sent_is_read_back_as_it_was_meant():
+    options = {"learning_rate": 5e-4, "cache_encoder": True, "lora_targets": "q_proj", "seed": 7}
+    sent = train_request(options)["HyperParameters"]
+    args = [f"--{key}={value}" for key, value in sent.items()]
+    assert cli.parse(train_lora.Config, args) == train_lora.Config(**options)
+
+
+def test_a_folder_ends_in_a_slash_because_a_prefix_matches_its_neighbours():
+    channel = train_request(train_s3=f"s3://{BUCKET}/prepared")["InputDataConfig"][0]
+    assert channel["DataSource"]["S3DataSource"]["S3Uri"] == f"s3://{BUCKET}/prepared/"
+
+
+def test_instances_with_their_own_disk_get_no_volume_key():
+    own = train_request(kms_key="k", instance_type="ml.g5.2xlarge")
+    assert "VolumeKmsKeyId" not in own["ResourceConfig"]
+    assert own["OutputDataConfig"]["KmsKeyId"] == "k"
+    assert train_request(kms_key="k", instance_type="ml.p3.2xlarge")["ResourceConfig"][
+        "VolumeKmsKeyId"
+    ] == "k"  # fmt: skip
+
+
+# ------ refusals
+
+WRONG = [
+    ({"spot": True, "keep_alive_seconds": 60}, "--keep_alive_seconds 60: spot instances cannot"),
+    ({"spot": True, "max_wait_seconds": 60}, "--max_wait_seconds 60: is less than --max_run"),
+    ({"max_wait_seconds": 90_000}, "--max_wait_seconds 90000: only spot jobs wait"),
+    ({"instance_count": 2, "accelerate_config": "single_gpu"}, "is one process, and 2 x ml.g5.2x"),
+    ({"instance_type": "ml.g5.12xlarge", "accelerate_config": "single_gpu"}, "would start 4"),
+    ({"instance_count": 2, "accelerate_config": "multi_gpu"}, "give multi_node"),
+    ({"accelerate_config": "deepspeed_zero2"}, "starts one: give auto, or more GPUs"),
+    ({"accelerate_config": "cpu"}, "would leave the GPUs of ml.g5.2xlarge idle"),
+    ({"accelerate_config": "zero9"}, "--accelerate_config zero9: is not in accelerate_configs"),
+    ({"instance_type": "ml.g5.2xlrge"}, "--instance_type ml.g5.2xlrge: AWS knows no such value"),
+    ({"instance_type": "ml.g5.2xlrge"}, "did you mean ml.g5.2xlarge?"),
+    ({"name": "a_b"}, "--name 'a_b-"),
+    ({"role": "arn:aws:iam::1:role/x"}, "--role 'arn:aws:iam::1:role/x': does not match"),
+    ({"role": ""}, "--role is empty"),
+    ({"role": "x", "dry_run": True}, "--role x: a name needs IAM"),
+    ({"train_s3": ""}, "--train_s3 is empty"),
+    ({"train_s3": "bucket/prepared"}, "--train_s3 bucket/prepared: is not in S3"),
+    ({"region": "eu-west-1"}, "--region eu-west-1: the image lies in us-east-1"),
+    ({"image_uri": "whisper:latest"}, "--region is empty and --image_uri whisper:latest names"),
+    ({"subnets": "subnet-1"}, "--subnets and --security_groups go together"),
+    ({"network_isolation": True}, "--network_isolation true: the Hub cannot be reached"),
+    ({"environment": "HF_TOKEN=hf_abc"}, "--environment HF_TOKEN: everybody who may look"),
+    ({"hf_token_from": "hf_abc"}, "--hf_token_from: write secretsmanager:NAME or ssm:NAME"),
+    ({"environment": f"A={'x' * 513}"}, "--environment xxx"),
+    ({"tags": "owner=a?b"}, "--tags 'a?b': does not match"),
+    ({"keep_alive_seconds": 99_999}, "--keep_alive_seconds 99999: 99999, AWS takes at most 21600"),
+    ({"max_retries": 31}, "--max_retries 31: 31, AWS takes at most 30"),
+    ({"processes_per_host": 2}, "--processes_per_host 2: ml.g5.2xlarge has 1 GPUs"),
+    ({"stage_to_local": True}, "--stage_to_local true: File mode has copied the data already"),
+    ({"instance_count": 0}, "--instance_count 0: give 1 or more"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[message[:50] for _, message in WRONG])
+def test_each_contradiction_is_named_with_its_remedy(wrong, message):
+    found = problems(**wrong)
+    assert any(message in one for one in found), found
+
+
+@pytest.mark.parametrize("config", ["deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2"])
+def test_packed_weights_are_not_cut(config):
+    found = problems({"quantize": "nf4"}, instance_type="ml.g5.12xlarge", accelerate_config=config)
+    assert len(found) == 1
+    assert f"--train.quantize nf4: packed weights cannot be cut, as {config} does" in found[0]
+
+
+def test_options_that_the_job_sets_are_refused():
+    assert (
+        "--train.data_dir x: is set by the job: give --train_s3" in problems({"data_dir": "x"})[0]
+    )
+    assert "--model_s3 names another" in problems({"model": "m"}, model_s3=f"s3://{BUCKET}/m")[0]
+
+
+def test_a_long_value_and_too_many_options_are_refused():
+    long = problems({"lora_targets": ",".join(["q_proj"] * 400)})
+    assert any("--train.lora_targets" in one and "at most 2500" in one for one in long), long
+    request = train_request() | {"HyperParameters": {f"k{i}": "v" for i in range(101)}}
+    (problem,) = job_check.problems("CreateTrainingJob", request)
+    assert problem.startswith("HyperParameters ")
+    assert problem.endswith(": 101 entries, AWS takes at most 100")
+
+
+def test_all_problems_are_told_at_once_and_each_option_once():
+    found = problems(spot=True, keep_alive_seconds=1, max_wait_seconds=2, name="a_b", train_s3="")
+    options = [re.match(r"--\w+", one)[0] for one in found]
+    assert options == ["--train_s3", "--keep_alive_seconds", "--max_wait_seconds", "--name"]
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "message"),
+    [
+        ("OutputDataConfig", {}, "OutputDataConfig.S3OutputPath: is missing: give it"),
+        ("Compression", "x", "Compression: AWS knows no such member"),
+        ("RoleArn", 5, "RoleArn: a int, where AWS wants a string"),
+        (
+            "EnableManagedSpotTraining",
+            "true",
+            "EnableManagedSpotTraining: a str, where AWS wants a",
+        ),
+        ("Tags", [{"Key": "a"}], "Tags.Value: is missing: give it"),
+        ("StoppingCondition", {"MaxRuntimeInSeconds": True}, "a bool, where AWS wants a integer"),
+    ],
+)
+def test_the_model_of_aws_is_kept_to(member, value, message):
+    found = job_check.problems("CreateTrainingJob", train_request() | {member: value})
+    assert any(message in one for one in found), found
+
+
+def test_processing_has_no_fastfile():
+    request = REQUESTS["prepare"]()
+    request["ProcessingInputs"][0]["S3Input"]["S3InputMode"] = "FastFile"
+    (problem,) = job_check.problems("CreateProcessingJob", request)
+    assert "FastFile: AWS knows no such value" in problem
+
+
+# ------ sweeps
+
+
+def test_a_sweep_is_every_combination():
+    found = job_request.sweep("train.learning_rate=1e-3,5e-4;train.lora_rank=16,32", "train")
+    assert len(found) == 4
+    assert {"learning_rate": "5e-4", "lora_rank": "16"} in found
+    assert job_request.sweep("", "train") == [{}]
+
+
+@pytest.mark.parametrize(
+    "text", ["lora_rank=1", "train.lora_rank", "train.a=1;train.a=2", "train.a=1,"]
+)
+def test_a_sweep_that_cannot_be_read_is_refused(text):
+    with pytest.raises(cli.UserError, match="--sweep"):
+        job_request.sweep(text, "train")
+
+
+# ------ metrics
+
+
+def read_metric(definitions, name, lines):
+    (pattern,) = (one["Regex"] for one in definitions if one["Name"] == name)
+    return [float(found[1]) for line in lines if (found := re.search(pattern, line))]
+
+
+def test_every_metric_is_read_out_of_what_the_scripts_really_print(
+    checkpoint, prepared, tmp_path, capsys
+):
+    options = small_options(checkpoint, prepared, tmp_path, max_steps=4, eval_every=2)
+    train(options)
+    lines = capsys.readouterr().out.splitlines()
+    text = Path(options["output_dir"], "metrics.jsonl").read_text(encoding="utf-8")
+    written = [json.loads(line) for line in text.splitlines()]
+    definitions = job_request.metric_definitions(train_job())
+    for name, key in job_request.METRICS.items():
+        expected = [record[key] for record in written if key in record]
+        assert expected, f"{key} was never logged"
+        assert read_metric(definitions, name, lines) == pytest.approx(expected, rel=1e-4), name
+
+    output = str(tmp_path / "wer")
+    adapter = str(Path(options["output_dir"], "adapter"))
+    eval_wer.main(
+        eval_wer.Config(
+            model=str(checkpoint), adapter=adapter, compare_base=True, data_dir=str(prepared),
+            output_dir=output, num_workers=0,
+        )
+    )  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    scores = json.loads(Path(output, "wer.json").read_text(encoding="utf-8"))
+    definitions = job_request.metric_definitions(Eval(**BASE, test_s3=f"s3://{BUCKET}/prepared"))
+    for definition in definitions:
+        system, _, rate = definition["Name"].partition(":")
+        measure, _, normaliser = rate.partition("_")
+        expected = scores[system]["normalisers"][normaliser][measure]
+        assert read_metric(definitions, definition["Name"], lines) == [
+            pytest.approx(expected, rel=1e-4)
+        ]
+
+
+def test_signs_and_exponents_of_a_metric_are_kept():
+    definitions = job_request.metric_definitions(train_job())
+    line = "step=3 epoch=0.1 loss=-1.5e-07 grad_norm=1e+03 learning_rate=4.4382e-05"
+    assert read_metric(definitions, "train:loss", [line]) == [-1.5e-07]
+    assert read_metric(definitions, "train:grad_norm", [line]) == [1000.0]
+    assert read_metric(definitions, "train:learning_rate", [line]) == [4.4382e-05]
+    assert read_metric(definitions, "train:loss", ["step=4 eval_loss=2.5"]) == []
+
+
+# ------ prices and instance types
+
+
+def test_an_unknown_price_stays_unknown():
+    assert instances.price("ml.g5.2xlarge", "us-east-1") == (1.515, "2026-09-27")
+    assert instances.price("ml.g5.2xlarge", "eu-west-1") is None
+    assert instances.price("ml.m5.xlarge", "us-east-1") is None
+    told = sagemaker_launch.ceiling(train_job(instance_type="ml.p3.2xlarge"), 1)
+    assert told.startswith("cost ceiling: unknown")
+
+
+def test_the_ceiling_counts_every_instance_job_and_the_kept_ones():
+    told = sagemaker_launch.ceiling(train_job(instance_count=2, max_run_seconds=3600), 4)
+    assert told.startswith(f"cost ceiling: {4 * 2 * 1.5 * 1.515:.2f} USD (4 x 2 x ml.g5.2xlarge")
+    spot = train_job(spot=True, max_run_seconds=3600)
+    assert "cost ceiling: 1.51 USD" in sagemaker_launch.ceiling(spot, 1)
+    assert "spot is cheaper" in sagemaker_launch.ceiling(spot, 1)
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "gpus", "own_disk"),
+    [
+        ("ml.g5.2xlarge", 1, True), ("ml.g5.12xlarge", 4, True), ("ml.g6e.48xlarge", 8, True),
+        ("ml.p4d.24xlarge", 8, True), ("ml.p5.4xlarge", 1, True), ("ml.p3.8xlarge", 4, False),
+        ("ml.m5.4xlarge", 0, False), ("ml.c5d.xlarge", 0, True), ("ml.trn1.2xlarge", None, False),
+    ],
+)  # fmt: skip
+def test_gpus_and_disks_of_instance_types(instance_type, gpus, own_disk):
+    assert instances.num_gpus(instance_type) == gpus
+    assert instances.has_local_disk(instance_type) == own_disk
+
+
+def test_every_instance_type_with_a_price_is_one_that_sagemaker_has():
+    table = json.loads(instances.TABLE.read_text(encoding="utf-8"))
+    for region in table["regions"].values():
+        for kind in region["usd_an_hour"]:
+            assert not job_check.problems("CreateTrainingJob", train_request(instance_type=kind))
+            assert instances.num_gpus(kind) is not None
+
+
+def test_defaults_are_those_of_the_original_recipe():
+    job = Train()
+    assert (job.volume_gb, job_request.keep_alive(job), job.input_mode) == (200, 1800, "File")
+    assert dataclasses.replace(job, spot=True).keep_alive_seconds == -1
+    assert job_request.keep_alive(dataclasses.replace(job, spot=True)) == 0
+    assert launch.ROOT.joinpath("accelerate_configs", "multi_node.yaml").exists()
