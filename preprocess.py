@@ -9,6 +9,9 @@ named after its rows and options. A run that was killed finds its finished parts
 over 46 bytes a clip (nothing else grows with the corpus but the list of parts and of duplicates):
 duplicates, splits and overlaps are decided, and the parts are streamed into the final files.
 OUTPUT_DIR appears by one rename; until then the disk holds the data twice.
+
+With --num_shards each machine prepares a run of parts. Between the passes they exchange the 46
+bytes a clip; each decides the same for all and writes the final files of its own parts.
 """
 
 import contextlib
@@ -37,7 +40,20 @@ import numpy as np
 from soundfile import __libsndfile_version__ as libsndfile_version
 from transformers import PreTrainedTokenizerBase
 
-from common import audio, cli, clips, dataset, files, labels, parts, progress, s3, sources, splits
+from common import (
+    audio,
+    cli,
+    clips,
+    dataset,
+    files,
+    labels,
+    meeting,
+    parts,
+    progress,
+    s3,
+    sources,
+    splits,
+)
 from common.recipe import git_commit
 
 # ------ options
@@ -64,9 +80,19 @@ class Config:
     hub_audio_column: str = "audio"  # of a Hub dataset
     hub_text_column: str = ""  # of a Hub dataset; empty: text, sentence, transcript, transcription
     s3_uri: str = ""  # s3://BUCKET/PREFIX to copy the result to; empty: nowhere
+    num_shards: int = 1  # machines that prepare one dataset, each with its --shard
+    shard: int = 0  # which of them this is, from 0
+    shard_wait_minutes: float = 720.0  # for the other shards, each time; 0: start it again later
 
 
-PLACE_OPTIONS = ("output_dir", "num_workers", "s3_uri")  # do not change what is written
+PLACE_OPTIONS = (  # do not change what is written
+    "output_dir",
+    "num_workers",
+    "s3_uri",
+    "num_shards",
+    "shard",
+    "shard_wait_minutes",
+)
 HISTOGRAM_SECONDS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 25)  # lower edges
 LIBRARIES = ("datasets", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers", "transformers")
 
@@ -98,6 +124,20 @@ def check(config: Config) -> None:
             f"--audio_bits {config.audio_bits}: give 8 to 16",
         ),
         (not config.output_dir, "--output_dir is empty: give a folder"),
+        (config.num_shards < 1, f"--num_shards {config.num_shards}: give 1 or more"),
+        (
+            not 0 <= config.shard < max(config.num_shards, 1),
+            f"--shard {config.shard}: give 0 or more, less than --num_shards {config.num_shards}",
+        ),
+        (
+            not config.shard_wait_minutes >= 0,
+            f"--shard_wait_minutes {config.shard_wait_minutes}: give 0 or more",
+        ),
+        (
+            config.num_shards > 1 and config.source.startswith("hub:"),
+            f"--num_shards {config.num_shards}: a Hub dataset is a stream that is not cut into "
+            "shards: give 1, or a manifest of its files",
+        ),
     ]
     found = [message for is_wrong, message in problems if is_wrong]
     if found:
@@ -107,6 +147,20 @@ def check(config: Config) -> None:
 def shaping_options(config: Config) -> dict[str, Any]:
     """The options that decide what is written."""
     return {key: value for key, value in asdict(config).items() if key not in PLACE_OPTIONS}
+
+
+def meets_on_s3(config: Config) -> bool:
+    """Whether shards share nothing but S3: the dataset is made there, and nowhere else."""
+    return config.num_shards > 1 and bool(config.s3_uri)
+
+
+def differing_options(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Shaping options that are not the same, with both values."""
+    return [
+        f"--{key} ({there.get(key)!r} there, {value!r} here)"
+        for key, value in here.items()
+        if there.get(key) != value
+    ]
 
 
 # ------ first pass: parts
@@ -310,7 +364,7 @@ def say(report: dict[str, Any], output_dir: str) -> None:
     for reason, count in report["dropped"].items():
         print(f"{count:>9,}  {reason}")
     if total["dropped"]:
-        print(f"each one is named in {Path(output_dir) / 'dropped.jsonl'}")
+        print(f"each one is named in {output_dir.rstrip('/')}/dropped.jsonl")
     overlaps = report["held_out_texts_in_training"]
     if overlaps:
         print(
@@ -325,11 +379,18 @@ def say(report: dict[str, Any], output_dir: str) -> None:
     )
 
 
-# ------ main
+# ------ preparing
 
 
-def is_complete(config: Config, source_sha256: str) -> bool:
-    """Whether the output is there already; refuses a folder that holds anything else."""
+def finished_before(config: Config, source_sha256: str) -> dict[str, Any] | None:
+    """`preprocess.json` of output that is there already; refuses a place of anything else."""
+    if meets_on_s3(config):
+        content = dict(s3.get(config.s3_uri, [dataset.RECIPE_NAME])).get(dataset.RECIPE_NAME)
+        if content is None:
+            return None
+        recipe, place = dataset.parse_recipe(content), f"--s3_uri {config.s3_uri}"
+        refuse_other(recipe, place, config, source_sha256)
+        return recipe
     folder, place = Path(config.output_dir).expanduser(), f"--output_dir {config.output_dir}"
     if folder.is_file():
         raise cli.UserError(f"{place} is a file: give a folder")
@@ -338,18 +399,21 @@ def is_complete(config: Config, source_sha256: str) -> bool:
             f"{place} is a mount point, which no rename replaces: give a folder in it"
         )
     if not folder.exists() or not any(folder.iterdir()):
-        return False
+        return None
     recipe = dataset.read_recipe(folder)
+    refuse_other(recipe, place, config, source_sha256)
+    return recipe
+
+
+def refuse_other(
+    recipe: dict[str, Any] | None, place: str, config: Config, source_sha256: str
+) -> None:
+    """An error where a place holds something else than this preparation."""
     if recipe is None:
         raise cli.UserError(
             f"{place} holds files that preprocess.py did not write: give a new folder"
         )
-    there, here = recipe["config"], shaping_options(config)
-    differing = [
-        f"--{key} ({there.get(key)!r} there, {value!r} here)"
-        for key, value in here.items()
-        if there.get(key) != value
-    ]
+    differing = differing_options(recipe["config"], shaping_options(config))
     if differing:
         raise cli.UserError(
             f"{place} holds another preparation: {', '.join(differing)} differ: "
@@ -360,35 +424,46 @@ def is_complete(config: Config, source_sha256: str) -> bool:
             f"{place} was prepared from --source {config.source} as it was before its tables "
             "changed: give another folder or remove it"
         )
-    return True
 
 
 @contextlib.contextmanager
-def locked(folder: Path, output_dir: str) -> Iterator[None]:
-    """Hold the working folder; the lock goes with the process, however that ends."""
+def locked(folder: Path, output_dir: str, shard: int | None = None) -> Iterator[None]:
+    """Hold the working folder; the lock goes with the process, however that ends.
+
+    A shard holds only its own lock, and shares the one that keeps other runs away.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise cli.UserError(
             f"--output_dir {output_dir} cannot be written ({error}): give another"
         ) from error
-    with (folder / "lock").open("w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in ("lock", f"lock-{shard}")[: 1 if shard is None else 2]:
+                file = stack.enter_context((folder / name).open("w+"))  # NFS: to read, to share it
+                shared = shard is not None and name == "lock"
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise cli.UserError(
-                f"--output_dir {output_dir} is being written by another preprocess.py: wait for it"
+                f"--output_dir {output_dir} is being written by another preprocess.py"
+                f"{'' if shard is None else f' (--shard {shard})'}: wait for it"
             ) from error
         try:
             yield
         except cli.UserError:
-            if not any(folder.glob("parts/*.arrow")):  # nothing worth keeping for a restart
-                shutil.rmtree(folder)
+            if shard is None and not any(folder.glob("parts/*.arrow")):
+                shutil.rmtree(folder)  # nothing worth keeping for a restart
             raise
 
 
-def checked_rows(source: sources.Source, config: Config) -> Iterator[sources.Row]:
-    """The source's rows, once the first one has shown that there are any and in which language."""
+def checked_rows(
+    source: sources.Source, config: Config, span: tuple[int, int] | None = None
+) -> Iterator[sources.Row]:
+    """The source's rows, once the first one has shown that there are any and in which language.
+
+    `span` is from where to before where; `None` is all of them.
+    """
     rows = sources.read(source)
     first = next(rows, None)
     if first is None:
@@ -406,7 +481,8 @@ def checked_rows(source: sources.Source, config: Config) -> Iterator[sources.Row
             f"--model {config.model} is English-only, and row 1 of --source {config.source} is "
             f"in {settled.detail}: give a multilingual model (no .en at the end of its name)"
         )
-    yield from with_languages(itertools.chain([first], rows), config, source.form)
+    rows = itertools.chain([first], rows) if span is None else sources.read(source, *span)
+    yield from with_languages(rows, config, source.form)
 
 
 def refuse_nothing(facts: np.ndarray, paths: list[Path], config: Config) -> None:
@@ -415,34 +491,43 @@ def refuse_nothing(facts: np.ndarray, paths: list[Path], config: Config) -> None
         return
     counts = Counter(facts["reason"].tolist()).most_common()
     reasons = ", ".join(f"{count} {clips.REASONS[code]}" for code, count in counts)
-    example = parts.read(paths[0]).select(["id", "detail", "reason"]).slice(0, 1).to_pylist()[0]
+    for part in map(parts.read, paths[:1]):
+        first = part.select(["id", "detail", "reason"]).slice(0, 1).to_pylist()[0]
+        why = first["detail"] or clips.REASONS[first["reason"]]
+        reasons += f"; the first, {first['id']}: {why}"
     for path in paths:
         path.unlink(missing_ok=True)
     raise cli.UserError(
-        f"--source {config.source} leaves none of its {len(facts)} clips ({reasons}; the first, "
-        f"{example['id']}: {example['detail'] or clips.REASONS[example['reason']]}): mend it"
+        f"--source {config.source} leaves none of its {len(facts)} clips ({reasons}): mend it"
     )
 
 
-def prepare(
-    config: Config, source: sources.Source, sha256: str, num_rows: int | None, work: Path
-) -> dict[str, Any]:
-    """Both passes, from the source to `work/result`; the measured half of its recipe."""
-    tokenizer = cached_tokenizer(config.model)
-    recipe = {
+def make_recipe(config: Config) -> dict[str, Any]:
+    """What decides, beside the source, what is written."""
+    return {
         "config": shaping_options(config),
-        "tokenizer_fingerprint": labels.tokenizer_fingerprint(tokenizer),
+        "tokenizer_fingerprint": labels.tokenizer_fingerprint(cached_tokenizer(config.model)),
         "versions": versions(),
     }
-    # ------ first pass: every clip on its own
+
+
+def first_pass(
+    rows: Iterator[sources.Row],
+    num_rows: int | None,
+    config: Config,
+    recipe: dict[str, Any],
+    work: Path,
+) -> tuple[list[Path], np.ndarray]:
+    """Every clip on its own: the parts, and FACTS (clips,) of them."""
     (work / "parts").mkdir(exist_ok=True)
     num_there = len(list((work / "parts").glob("*.arrow")))
     if num_there:
         print(
-            f"continuing: {num_there} parts of {parts.PART_CLIPS} clips were finished before",
+            f"continuing: {num_there} parts of {parts.PART_CLIPS} clips were finished before"
+            f"{' or by other shards' if config.num_shards > 1 else ''}",
             flush=True,
         )
-    found = prepare_parts(checked_rows(source, config), config, recipe, work / "parts")
+    found = prepare_parts(rows, config, recipe, work / "parts")
     paths: list[Path] = []
 
     def clips_done() -> Iterator[int]:
@@ -452,32 +537,158 @@ def prepare(
 
     for _ in progress.track(clips_done(), total=num_rows, what="clips prepared"):
         pass
-    # ------ second pass: all clips together
-    num_prompt_tokens = labels.num_prompt_tokens(tokenizer)
-    facts = np.concatenate([parts.read_facts(path, num_prompt_tokens) for path in paths])
+    num_prompt_tokens = labels.num_prompt_tokens(cached_tokenizer(config.model))
+    facts = (parts.read_facts(path, num_prompt_tokens) for path in paths)
+    return paths, np.concatenate([np.zeros(0, splits.FACTS), *facts])
+
+
+def identify(recipe: dict[str, Any], facts: np.ndarray) -> str:
+    """A name for the content that recipe and facts make."""
+    identity = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    identity.update(facts.view(np.uint8))
+    return identity.hexdigest()
+
+
+def languages_of(paths: list[Path]) -> set[str]:
+    return {code for path in paths for code in parts.kept_languages(path)}
+
+
+def write_recipe(
+    folder: Path,
+    recipe: dict[str, Any],
+    source: sources.Source,
+    sha256: str,
+    languages: set[str],
+    report: dict[str, Any],
+) -> None:
+    """Write `preprocess.json`, after everything else."""
+    about = {
+        "commit": git_commit(),
+        "source": {"form": source.form, "sha256": sha256},
+        "languages": sorted(languages),
+    }
+    files.write_json(folder / dataset.RECIPE_NAME, {**recipe, **about, **report})
+
+
+def prepare(
+    config: Config, source: sources.Source, sha256: str, num_rows: int | None, work: Path
+) -> dict[str, Any]:
+    """Both passes, from the source to `work/result`; the measured half of its recipe."""
+    recipe = make_recipe(config)
+    paths, facts = first_pass(checked_rows(source, config), num_rows, config, recipe, work)
     by, originals = decide(facts, config)
     refuse_nothing(facts, paths, config)
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)  # of a run that was killed while it wrote
     result.mkdir()
-    identity = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    identity.update(facts.view(np.uint8))
-    num_bytes = parts.write_splits(paths, facts, originals, result, identity.hexdigest())
-    # ------ report
-    report = describe(facts, by, num_bytes, tokenizer)
-    languages = sorted({code for path in paths for code in parts.kept_languages(path)})
-    source_facts = {"form": source.form, "sha256": sha256}
-    files.write_json(
-        result / dataset.RECIPE_NAME,
-        {
-            **recipe,
-            "commit": git_commit(),
-            "source": source_facts,
-            "languages": languages,
-            **report,
-        },
-    )
+    num_bytes = parts.write_splits(paths, facts, originals, result, identify(recipe, facts))
+    report = describe(facts, by, num_bytes, cached_tokenizer(config.model))
+    write_recipe(result, recipe, source, sha256, languages_of(paths), report)
     return report
+
+
+# ------ shards
+
+
+def span_of(shard: int, num_shards: int, num_rows: int) -> tuple[int, int]:
+    """From which row, and before which, a shard goes: whole parts, as even as can be.
+
+    >>> [span_of(shard, 2, 3 * parts.PART_CLIPS - 1) for shard in range(2)]
+    [(0, 64), (64, 191)]
+    """
+    num_parts = math.ceil(num_rows / parts.PART_CLIPS)
+    first, end = (at * num_parts // num_shards for at in (shard, shard + 1))
+    return first * parts.PART_CLIPS, min(end * parts.PART_CLIPS, num_rows)
+
+
+def refuse_other_shards(place: meeting.Place, here: dict[str, Any], names: list[str]) -> None:
+    """An error where a shard was started with other options, or meets something else here."""
+    for name, content in meeting.get(place, names):
+        there = json.loads(content)
+        differing = differing_options(there["config"], here["config"])
+        differing += [what for what in here if what != "config" and here[what] != there[what]]
+        if differing:
+            raise cli.UserError(
+                f"--shard {name.split('-')[1]} was started differently: {', '.join(differing)}: "
+                f"start all shards alike; to begin anew remove {place} first"
+            )
+
+
+def prepare_shard(
+    config: Config, source: sources.Source, sha256: str, work: Path, place: meeting.Place
+) -> dict[str, Any] | None:
+    """Both passes over one shard, into `work/shards/result`, meeting the others after each.
+
+    Returns:
+        The measured half of the recipe from the last shard, which makes one dataset of all: the
+        last, so that shards run one after another, twice, are complete. `None` from others.
+    """
+    recipe = make_recipe(config)
+    options, all_facts, done = (
+        [f"{what}-{shard}" for shard in range(config.num_shards)]
+        for what in ("options", "facts", "done")
+    )
+    own = {
+        "config": {**recipe["config"], "num_shards": config.num_shards},
+        "the tokenizer": recipe["tokenizer_fingerprint"],
+        "library versions": recipe["versions"],
+        "the tables of --source": sha256,
+    }
+    refuse_other_shards(place, own, options)
+    meeting.put(place, options[config.shard], json.dumps(own).encode())
+    # ------ first pass, and what all shards know of their clips
+    num_rows = sources.count(source)
+    first, end = span_of(config.shard, config.num_shards, num_rows)
+    rows = checked_rows(source, config, (first, end))
+    paths, facts = first_pass(rows, end - first, config, recipe, work)
+    meeting.put(place, all_facts[config.shard], facts.tobytes())
+    facts = np.concatenate(
+        meeting.wait(
+            place,
+            all_facts,
+            config.shard_wait_minutes,
+            lambda data: np.frombuffer(data, splits.FACTS),
+        )
+    )
+    refuse_other_shards(place, own, options)  # of those that started since
+    assert len(facts) == num_rows, (len(facts), num_rows)
+    # ------ second pass: all shards decide the same, each writes its own files
+    by, originals = decide(facts, config)
+    refuse_nothing(facts, paths, config)
+    identity = identify(recipe, facts)
+
+    def current(content: bytes) -> dict[str, Any] | None:
+        """What a shard wrote, unless it decided on facts that have changed since."""
+        written = json.loads(content)
+        return written if written["identity"] == identity else None
+
+    result = work / "shards" / "result"
+    result.mkdir(parents=True, exist_ok=True)
+    if not any(current(content) for _, content in meeting.get(place, [done[config.shard]])):
+        shard = f"{config.shard:05d}-of-{config.num_shards:05d}"
+        written = parts.write_shard(paths, facts, originals, result, first, shard)
+        if meets_on_s3(config):
+            s3.upload(result, config.s3_uri, pattern=f"data-{shard}-*")
+        written |= {"identity": identity, "languages": sorted(languages_of(paths))}
+        meeting.put(place, done[config.shard], json.dumps(written).encode())
+    if config.shard < config.num_shards - 1:
+        print(
+            f"shard {config.shard} is finished; shard {config.num_shards - 1} makes one dataset of "
+            f"all. {work} holds finished parts for a restart"
+        )
+        return None
+    # ------ the last shard: one dataset of all
+    shards = meeting.wait(place, done, config.shard_wait_minutes, current)
+    num_clips = sum(sum(shard["clips"].values()) for shard in shards)
+    assert num_clips == (facts["reason"] == 0).sum(), num_clips
+    num_bytes = parts.join_shards(shards, result, identity)
+    report = describe(facts, by, num_bytes, cached_tokenizer(config.model))
+    languages = {code for shard in shards for code in shard["languages"]}
+    write_recipe(result, recipe, source, sha256, languages, report)
+    return report
+
+
+# ------ main
 
 
 def main(config: Config) -> None:
@@ -492,16 +703,37 @@ def main(config: Config) -> None:
     sha256, num_rows = sources.fingerprint(source)
     output_dir = Path(config.output_dir).expanduser().resolve()  # a link's target is replaced
     work = output_dir.with_name(output_dir.name + ".partial")
-    if is_complete(config, sha256):
-        print(f"{config.output_dir} holds this preparation already: nothing to do")
-        say(dataset.read_recipe(output_dir), config.output_dir)
-    else:
+    where, place, lock = config.output_dir, work / "shards", None
+    if meets_on_s3(config):
+        work = work.with_name(f"{output_dir.name}.{config.shard}-of-{config.num_shards}.partial")
+        where, place = config.s3_uri, f"{config.s3_uri.rstrip('/')}/.shards"
+    elif config.num_shards > 1:
+        lock = config.shard
+    report = finished_before(config, sha256)
+    if report:
+        print(f"{where} holds this preparation already: nothing to do")
+    elif config.num_shards == 1:
         with locked(work, config.output_dir):
             report = prepare(config, source, sha256, num_rows, work)
             (work / "result").rename(output_dir)
-        say(report, config.output_dir)
+    else:
+        with locked(work, config.output_dir, lock):
+            report = prepare_shard(config, source, sha256, work, place)
+            if report is None:
+                return
+            if meets_on_s3(config):
+                s3.upload(work / "shards" / "result", config.s3_uri, last=dataset.RECIPE_NAME)
+            else:
+                (work / "shards" / "result").rename(output_dir)
+    say(report, where)
+    if config.num_shards > 1:
+        meeting.remove(place)
     shutil.rmtree(work, ignore_errors=True)
-    if config.s3_uri:
+    if meets_on_s3(config):
+        print(
+            f"{config.s3_uri} holds the dataset of all shards; {config.output_dir} is not written"
+        )
+    elif config.s3_uri:
         sent, there = s3.upload(output_dir, config.s3_uri, last=dataset.RECIPE_NAME)
         print(f"{config.s3_uri}: {sent} files sent, {there} were there already")
 

@@ -11,9 +11,14 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 `text` to `path` at once."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` at once."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         _flush(partial)
         partial.replace(path)
     finally:

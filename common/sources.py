@@ -8,6 +8,7 @@ its `problem`, so that it is counted; only a source that cannot be read at all i
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -168,8 +169,13 @@ def fingerprint(source: Source) -> tuple[str, int | None]:
     return digest.hexdigest(), max(lines - headers, 0)
 
 
-def read(source: Source) -> Iterator[Row]:
-    """Yield every row of a source, in its order.
+def count(source: Source) -> int:
+    """Rows that `read` yields of a source of tables: exactly, where lines are an estimate."""
+    return sum(1 for table in source.tables for _ in _records(table.path))
+
+
+def read(source: Source, first: int = 0, end: int | None = None) -> Iterator[Row]:
+    """Yield the rows of a source, in its order; of tables those from `first` to before `end`.
 
     Raises:
         UserError: a table without the needed columns, or a Hub dataset that cannot be read.
@@ -180,9 +186,13 @@ def read(source: Source) -> Iterator[Row]:
     root = os.path.realpath(source.root)
     for table in source.tables:
         next(_records(table.path), None)  # columns that lack are an error before the work starts
-    for table in source.tables:
-        for number, record in enumerate(_records(table.path), start=1):
-            yield _row(source, table, root, number, record)
+    records = (
+        (table, number, record)
+        for table in source.tables
+        for number, record in enumerate(_records(table.path), start=1)
+    )
+    for table, number, record in itertools.islice(records, first, end):
+        yield _row(source, table, root, number, record)
 
 
 # ------ tables

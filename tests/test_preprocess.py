@@ -739,22 +739,6 @@ def test_the_fingerprint_is_the_same_for_the_same_labels_and_differs_otherwise(t
 # ------ S3
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    server_module = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    server = server_module.ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    client = boto3.client("s3", region_name="us-east-1")
-    client.create_bucket(Bucket="speech")
-    yield client
-    server.stop()
-
-
 def test_upload_sends_everything_once_and_the_recipe_last(tmp_path, model, bucket, capsys):
     source = manifest(tmp_path, [{"path": "a.wav"}])
     run(source, model, tmp_path / "out", s3_uri="s3://speech/mr/v1")

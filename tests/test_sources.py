@@ -56,6 +56,15 @@ def test_quotes_in_a_tsv_are_text_and_do_not_swallow_rows(tmp_path):
     assert [row.text for row in rows(path)] == ['"He said', 'so" he did']
 
 
+def test_rows_are_counted_as_they_are_read_whatever_the_lines(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text('path,text\na.wav,"two\nlines"\n\nb.wav,one,more\nc.wav,last')
+    source = sources.find(str(path))
+    assert sources.count(source) == len(rows(path)) == 3
+    assert list(sources.read(source, 1, 3)) == rows(path)[1:]
+    assert list(sources.read(source, 3, 3)) == []
+
+
 def test_a_csv_manifest_gives_all_its_columns(tmp_path):
     path = table(
         tmp_path / "m.csv",
