@@ -351,17 +351,22 @@ def train_step(
 
     Nothing here waits for a GPU: gradient norms stay there until `check_norms` looks at them.
 
-    Where a piece does not fit the GPU's memory, the step starts again with pieces half as large,
-    and so do all later steps: the same gradient but for rounding.
+    Where a piece does not fit the GPU's memory, on any process, the step starts again on all with
+    pieces half as large, and so do all later steps: the same gradient but for rounding. DeepSpeed
+    and FSDP exchange weights or gradients within a piece, which no process can leave: they end.
     """
     accelerator, optimizer = run.accelerator, run.optimizer
     loss_before, arrived = totals.loss.clone(), []
     pieces = arriving(collated, totals, arrived)
-    while not accumulate(run, step, pieces, totals):
+    starts_again = engine.exchanges_last(accelerator)
+    while True:
+        fits = accumulate(run, step, pieces, totals)
+        if run.stop.all(fits) if starts_again else fits:
+            break
         arrived += arriving(collated, totals, [])
-        several = engine.name(accelerator) != "none"
-        if several or run.num_parts >= len(step.pieces[0].clips):
-            raise cli.UserError(
+        if not starts_again or run.num_parts >= len(step.pieces[0].clips):
+            error = cli.UserError if starts_again else cli.OwnError
+            raise error(
                 f"--max_batch_seconds {run.config.max_batch_seconds}: step {step.number + 1} does "
                 "not fit the GPU's memory: give fewer seconds, or --gradient_checkpointing true"
             )
@@ -371,6 +376,7 @@ def train_step(
         torch.cuda.empty_cache()
         totals.loss = loss_before.clone()
         pieces = iter(arrived)
+    engine.exchange(accelerator, optimizer)
     norm = engine.clip_gradient(accelerator, optimizer, run.config.max_grad_norm)
     engine.hold_if_not_finite(accelerator, optimizer, norm)
     optimizer.step()

@@ -25,6 +25,10 @@ class UserError(ValueError):
     """A mistake the user can mend: one line that names the option, its value and the remedy."""
 
 
+class OwnError(UserError):
+    """A UserError of one process alone, which that process prints, whichever it is."""
+
+
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 BOOLEANS = {"true": True, "false": False}
 
@@ -141,7 +145,7 @@ def _one_line(box: str) -> str:
 def run(main: Callable[[C], None], config_class: type[C]) -> None:
     """Parse the command line and call `main`; a UserError becomes one line and exit code 2.
 
-    With several processes the first one of each machine prints it.
+    With several processes the first one of each machine prints it, or the one it strikes alone.
     """
     with _one_line_errors():
         main(parse(config_class))
@@ -171,7 +175,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), alone=isinstance(error, OwnError))
     except Exception as error:
         if _is_disk_full(error):
             _fail(f"the disk is full ({error}): free some space or give another --output_dir")
@@ -180,8 +184,8 @@ def _one_line_errors() -> Iterator[None]:
         raise
 
 
-def _fail(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _fail(message: str, *, alone: bool = False) -> None:
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -16,7 +16,7 @@ from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from common import audio
 from common.batching import DecodeBatch, MicroBatch
-from common.cli import UserError
+from common.cli import OwnError, UserError
 from common.encoder_cache import EncoderCache
 
 IGNORED = -100  # label value that torch's cross entropy leaves out
@@ -81,7 +81,7 @@ class SpeechCollator:
                 continue
             tokens = row["labels"]
             if tokens[0] != self.decoder_start_token_id:
-                raise UserError(
+                raise OwnError(
                     f"--data_dir: labels of clip {row.get('id')!r} begin with token {tokens[0]}, "
                     f"not with the start of transcript, {self.decoder_start_token_id}: run "
                     "preprocess.py again"
@@ -103,7 +103,7 @@ def _samples(row: dict[str, Any]) -> np.ndarray:
         if lacking > 0:
             raise audio.AudioError(f"its last {lacking:.2f} s are missing")
     except audio.AudioError as error:
-        raise UserError(
+        raise OwnError(
             f"--data_dir: the audio of clip {row.get('id')!r} is damaged ({error}): copy the "
             "folder again or run preprocess.py again"
         ) from error

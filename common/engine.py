@@ -21,6 +21,7 @@ from common.cli import UserError
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for every trained parameter
+EXCHANGED_VALUES = 8 * 2**20  # of a gradient at once: 32 MiB in float32
 # What torch's backends say when another process of the run has ended or does not answer.
 LOST_CONTACT = (
     "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out",
@@ -124,12 +125,44 @@ def prepare(
     return accelerator.prepare(model, optimizer)
 
 
+def exchanges_last(accelerator: Accelerator) -> bool:
+    """Whether processes do nothing together before `exchange`, so that a step can start again."""
+    return name(accelerator) in ("none", "ddp")
+
+
 def accumulating(
     accelerator: Accelerator, model: torch.nn.Module, *, last: bool
 ) -> AbstractContextManager:
-    """Within it a backward pass adds to the gradient; only the `last` of a step exchanges it."""
+    """Within it a backward pass adds to the gradient.
+
+    DeepSpeed and FSDP exchange it in the `last` of a step, DDP in `exchange`.
+    """
     accelerator.sync_gradients = last  # DeepSpeed steps in the backward pass where it is set
-    return nullcontext() if last else accelerator.no_sync(model)
+    is_own = last and name(accelerator) != "ddp"
+    return nullcontext() if is_own else accelerator.no_sync(model)
+
+
+def exchange(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """Under DDP, average the gradients over the processes, EXCHANGED_VALUES at a time.
+
+    DDP itself would exchange them within the last backward pass, which then could not fail on one
+    process alone.
+    """
+    if name(accelerator) != "ddp":
+        return
+    parameters = (one for group in optimizer.param_groups for one in group["params"])
+    gradients = [one.grad for one in parameters if one.grad is not None]
+    while gradients:
+        taken, size = [], 0
+        while gradients and size < EXCHANGED_VALUES:
+            taken.append(gradients.pop(0))
+            size += taken[-1].numel()
+        flat = torch.cat([one.flatten() for one in taken])
+        torch.distributed.all_reduce(flat)
+        flat /= accelerator.num_processes
+        parts = flat.split([one.numel() for one in taken])
+        for one, part in zip(taken, parts, strict=True):
+            one.copy_(part.view_as(one))
 
 
 def share_out(model: torch.nn.Module) -> None:

@@ -48,6 +48,14 @@ class Stop:
         """A checkpoint was just written, in so many seconds."""
         self.saved_at, self.longest_save = time.monotonic(), max(self.longest_save, seconds)
 
+    def all(self, flag: bool) -> bool:
+        """Whether all processes say so; each must ask."""
+        if self.group is None:
+            return flag
+        told = torch.tensor(flag, dtype=torch.int32)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN, group=self.group)
+        return bool(told)
+
     def join(self, accelerator: Accelerator) -> None:
         """From here on all processes agree."""
         if accelerator.num_processes > 1:

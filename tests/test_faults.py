@@ -12,7 +12,7 @@
 | read-only data folder | everything | nothing |
 | read-only output | nothing is begun | one line |
 | a machine that never comes | nothing is begun | 1/2 clients joined, by the launcher |
-| out of memory in one micro-batch | everything (test_train.py) | pieces are cut in N from here on |
+| out of memory in one micro-batch | everything | pieces are cut in N from here on |
 | a clock that jumps | everything (test_stop.py) | nothing |
 """
 
@@ -228,3 +228,28 @@ def test_a_read_only_output_is_one_line(options, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert "cannot be written (Read-only file system): give another place" in done.stderr
+
+
+@pytest.mark.slow
+def test_when_one_of_two_processes_runs_out_of_memory_both_halve_and_the_losses_stay(
+    options, tmp_path
+):
+    plain = options | {"global_batch_size": 8, "max_batch_seconds": 1000.0}
+    train(plain)
+    halved = plain | {"output_dir": str(tmp_path / "halved")}
+    done = launch.run("tests/out_of_memory.py", halved, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("out of memory: pieces are cut in") == 2  # 4 clips, 2, 1
+    expected, got = records(plain, "loss"), records(halved, "loss")
+    assert expected.keys() == got.keys()
+    assert max(abs(got[step] / expected[step] - 1) for step in expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_when_memory_runs_out_under_fsdp_the_run_ends_with_advice(options):
+    del options["max_steps"]
+    short = options | {"global_batch_size": 8, "max_batch_seconds": 1000.0}
+    short |= {"collective_timeout": 0.2}
+    done = launch.run("tests/out_of_memory.py", short, processes=2, config="fsdp2")
+    assert done.returncode
+    assert "error: --max_batch_seconds 1000.0: step 2 does not fit" in done.stderr, done.stderr
