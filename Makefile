@@ -26,3 +26,4 @@ test: .venv/.ready
 lint: .venv/.ready
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/hadolint docker/Dockerfile

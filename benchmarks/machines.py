@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 NAMES = tuple(f"whisper-{os.getpid()}-node{node}" for node in range(2))
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-LINKS = ("wn0", "wn1")  # the cable's two ends
+LINKS = ("eth0", "eth0")  # the cable's two ends
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""Faked /opt/ml folders, and nodes of a job that run the container's entry as their process 1."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import launch
+import psutil
+import pytest
+
+from benchmarks import machines
+
+ENTRY = launch.ROOT / "docker" / "sagemaker_entry.py"
+HOSTS = ("algo-1", "algo-2")
+
+
+def make_ml(
+    folder: Path,
+    options: dict[str, Any],
+    channels: dict[str, Path],
+    *,
+    host: str = "algo-1",
+    hosts: tuple[str, ...] = ("algo-1",),
+) -> Path:
+    """What SageMaker lays out for a node before the container starts."""
+    config = folder / "input" / "config"
+    config.mkdir(parents=True)
+    for name in ("model", "checkpoints", "output/data"):
+        (folder / name).mkdir(parents=True)
+    for name, source in channels.items():
+        if source.is_dir():
+            shutil.copytree(source, folder / "input" / "data" / name)
+        else:
+            (folder / "input" / "data" / name).mkdir(parents=True)
+            shutil.copy(source, folder / "input" / "data" / name)
+    write = {
+        "hyperparameters": {key: str(value) for key, value in options.items()},
+        "resourceconfig": {
+            "current_host": host,
+            "current_instance_type": "ml.m5.xlarge",
+            "hosts": list(reversed(hosts)),  # SageMaker promises no order
+            "network_interface_name": "eth0",
+        },
+        "inputdataconfig": {name: {"TrainingInputMode": "File"} for name in channels},
+    }
+    for name, content in write.items():
+        (config / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def start_node(
+    ml: Path,
+    *arguments: str,
+    node: int | None = None,
+    command: tuple[str, ...] = (),
+    **variables: str,
+) -> subprocess.Popen:
+    """Start the entry as process 1 on a faked /opt/ml; skips without root.
+
+    Args:
+        arguments: of the entry.
+        node: which of the two machines it is on; `None` is this one.
+        command: instead of the entry.
+    """
+    if os.geteuid():
+        pytest.skip("needs root to mount a faked /opt/ml")
+    Path("/opt/ml").mkdir(parents=True, exist_ok=True)
+    scratch = ml.with_name(f"{ml.name}_scratch")
+    scratch.mkdir(exist_ok=True)
+    words = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", sys.executable]
+    words += [str(launch.ROOT / "tests" / "container.py"), str(ml)]
+    words += command or (sys.executable, str(ENTRY), *(arguments or ("train",)))
+    if node is not None:
+        words = machines.on_machine(node, words)
+    environment = launch.environment() | {"TMPDIR": str(scratch), "CUDA_VISIBLE_DEVICES": ""}
+    return launch.start(words, env=environment | variables)
+
+
+def process_1(node: subprocess.Popen) -> psutil.Process:
+    """The entry under `unshare`, which is under `ip netns exec` where there is one."""
+    for process in launch.descendants(node):
+        if str(ENTRY) in process.cmdline() and "unshare" not in process.cmdline()[0]:
+            return process
+    raise AssertionError("no entry runs")
+
+
+def end(node: subprocess.Popen, seconds: float = 240.0) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a node."""
+    out, err = node.communicate(timeout=seconds)
+    return node.returncode, out, err
