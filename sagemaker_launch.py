@@ -158,11 +158,17 @@ def ceiling(job: Job, num_jobs: int) -> str:
 
 def send(job: Job, requests: list[dict[str, Any]]) -> None:
     """Look whether role and data are there, then start the jobs."""
-    region = region_of(job)
-    if not job.role.startswith("arn:"):
-        with told_in_one_line(f"--role {job.role}"):
-            role = client("iam", region).get_role(RoleName=job.role)["Role"]["Arn"]
-        requests = [request | {"RoleArn": role} for request in requests]
+    region, role = region_of(job), job.role
+    with told_in_one_line(f"--role {job.role}"):
+        account = client("sts", region).get_caller_identity()["Account"]
+        if not role.startswith("arn:"):
+            role = client("iam", region).get_role(RoleName=role)["Role"]["Arn"]
+    if role.split(":")[4] != account:
+        raise UserError(
+            f"--role {job.role}: is of another account than your credentials, {account}: "
+            "give one of that account, or set AWS_PROFILE"
+        )
+    requests = [request | {"RoleArn": role} for request in requests]
     s3 = client("s3", region)
     bucket, _ = split_uri(job.output_s3)
     with told_in_one_line(f"--output_s3 {job.output_s3}"):

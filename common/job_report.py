@@ -29,6 +29,7 @@ class Report:
     cost: float | None  # USD, all instances; None where the price is not known
     saving: float | None  # share that spot saved
     is_spot: bool
+    interruptions: int  # times that a spot instance was taken away
 
 
 def name_of(job: dict[str, Any]) -> str:
@@ -70,6 +71,9 @@ def report(job: dict[str, Any], records: list[dict[str, Any]], region: str) -> R
         cost=None if found is None or billable is None else billable / 3600 * count * found[0],
         saving=saving,
         is_spot=is_spot,
+        interruptions=sum(
+            one["Status"] == "Interrupted" for one in job.get("SecondaryStatusTransitions", [])
+        ),
     )
 
 
@@ -94,6 +98,8 @@ def one(told: Report) -> str:
             f"time       {told.seconds:,.0f} s, billable {told.billable_seconds:,.0f} s an instance"
         )
         lines.append(f"cost       {_usd(told.cost)}{'' if is_final else ' so far'}{spot}")
+    if told.interruptions:
+        lines.append(f"spot       interrupted {told.interruptions} times")
     if told.saving is not None:
         lines.append(f"spot       saved {100 * told.saving:.0f} %")
     if told.records:

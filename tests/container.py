@@ -11,15 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-ml, *command = sys.argv[1:]
-mounts = [
-    ["--make-rprivate", "/"],
-    ["--bind", ml, "/opt/ml"],
-    ["--bind", f"{ml}/input", "/opt/ml/input"],
-    ["-o", "remount,bind,ro", "/opt/ml/input"],
-]
-if Path(ml, "hosts").is_file():
-    mounts.append(["--bind", f"{ml}/hosts", "/etc/hosts"])
-for words in mounts:
-    subprocess.run(["mount", *words], check=True)
-os.execvp(command[0], command)
+if __name__ == "__main__":
+    ml, *command = sys.argv[1:]
+    mounts = [
+        ["--make-rprivate", "/"],
+        ["--bind", ml, "/opt/ml"],
+        ["--bind", f"{ml}/input", "/opt/ml/input"],
+        ["-o", "remount,bind,ro", "/opt/ml/input"],
+    ]
+    if Path(ml, "hosts").is_file():
+        mounts.append(["--bind", f"{ml}/hosts", "/etc/hosts"])
+    for words in mounts:
+        subprocess.run(["mount", *words], check=True)
+    os.execvp(command[0], command)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,16 @@ def start_node(
     if os.geteuid():
         pytest.skip("needs root to mount a faked /opt/ml")
     Path("/opt/ml").mkdir(parents=True, exist_ok=True)
-    scratch = ml.with_name(f"{ml.name}_scratch")
-    scratch.mkdir(exist_ok=True)
+    scratch = tempfile.mkdtemp()  # short: names of sockets lie in it
     words = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", sys.executable]
     words += [str(launch.ROOT / "tests" / "container.py"), str(ml)]
     words += command or (sys.executable, str(ENTRY), *(arguments or ("train",)))
     if node is not None:
         words = machines.on_machine(node, words)
-    environment = launch.environment() | {"TMPDIR": str(scratch), "CUDA_VISIBLE_DEVICES": ""}
-    return launch.start(words, env=environment | variables)
+    environment = launch.environment() | {"TMPDIR": scratch, "CUDA_VISIBLE_DEVICES": ""}
+    node = launch.start(words, env=environment | variables)
+    node.scratch = scratch
+    return node
 
 
 def process_1(node: subprocess.Popen) -> psutil.Process:
@@ -90,5 +92,8 @@ def process_1(node: subprocess.Popen) -> psutil.Process:
 
 def end(node: subprocess.Popen, seconds: float = 240.0) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a node."""
-    out, err = node.communicate(timeout=seconds)
+    try:
+        out, err = node.communicate(timeout=seconds)
+    finally:
+        shutil.rmtree(node.scratch)
     return node.returncode, out, err

@@ -138,6 +138,12 @@ def test_instances_with_their_own_disk_get_no_volume_key():
     ] == "k"  # fmt: skip
 
 
+def test_a_spot_job_saves_by_the_clock_unless_told_how_often():
+    assert train_request(spot=True)["HyperParameters"] == {"save_every_minutes": "10"}
+    often = train_request({"save_every_minutes": 2.0}, spot=True)["HyperParameters"]
+    assert often == {"save_every_minutes": "2.0"}
+
+
 # ------ refusals
 
 WRONG = [

@@ -79,7 +79,7 @@ def test_a_dry_run_needs_neither_network_nor_credentials():
     assert json.loads(done.stdout)["HyperParameters"] == {"lora_rank": "8"}
     done = subprocess.run(words, cwd=launch.ROOT, env=offline, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --output_s3"), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --role"), done.stderr
     assert "no AWS credentials found: set AWS_PROFILE" in done.stderr
 
 
@@ -100,6 +100,7 @@ def test_a_roles_name_is_looked_up(aws):
         ({"model_s3": f"s3://{BUCKET}/base"}, "--model_s3 s3://example-bucket/base: is empty"),
         ({"role": "nobody"}, "--role nobody: AWS answers: "),
         ({"role": "arn:aws:iam::123456789012:role/nobody"}, "AWS answers: .*Could not assume role"),
+        ({"role": "arn:aws:iam::999999999999:role/other"}, "of another account than your cred"),
         (
             {"train__lora_rnk": 8},
             "unknown option --train.lora_rnk: did you mean --train.lora_rank?",
@@ -161,13 +162,16 @@ def test_status_shows_phase_curve_time_cost_and_the_saving_of_spot(aws, capsys):
     aws.set(
         name, TrainingJobStatus="Completed", SecondaryStatus="Completed",
         TrainingTimeInSeconds=3600, BillableTimeInSeconds=1080,
+        SecondaryStatusTransitions=[
+            {"Status": status, "StartTime": started} for status in ("Training", "Interrupted")
+        ],
     )  # fmt: skip
     call("status", job=name)
     told = capsys.readouterr().out
     assert f"{name}: Completed\n" in told
     assert "time       3,600 s, billable 1,080 s an instance" in told
     assert "cost       0.91 USD\n" in told
-    assert "spot       saved 70 %" in told
+    assert "spot       interrupted 1 times\nspot       saved 70 %" in told
 
 
 def test_status_of_a_failed_job_says_why_and_an_unknown_one_is_named(aws, capsys):
