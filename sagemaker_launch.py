@@ -34,12 +34,12 @@ from common.aws import NOT_THERE, client, split_uri, told_in_one_line
 from common.cli import UserError
 from common.dataset import RECIPE_NAME
 from common.files import new_folder
+from common.job_check import all_problems
 from common.job_request import (
     Eval,
     Job,
     Prepare,
     Train,
-    all_problems,
     build_processing_request,
     build_request,
     ceiling_hours,

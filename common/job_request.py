@@ -9,24 +9,16 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from common import job_check
-from common.aws import split_uri
 from common.cli import UserError
 from common.instances import has_local_disk, num_gpus
 
-CONFIGS = {
-    path.stem for path in Path(__file__).parent.parent.joinpath("accelerate_configs").glob("*.yaml")
-}
-SHARDED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")  # cut weights
 SPOT_SAVE_MINUTES = 10  # between checkpoints of a spot job, if nothing else is asked for
 WARM_SECONDS = 1800  # that instances stay after a job, if nothing else is asked for
 WAIT_FACTOR = 2  # a spot job may wait for instances as long as it may run
 CHECKPOINT_DIR = "/opt/ml/checkpoints"  # SageMaker copies it to S3 while the job runs, and back
 PROCESSING_DIR = "/opt/ml/processing"
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY", re.IGNORECASE)
 NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"  # as train_lora.py writes it: 0.42, 1e-05
 METRICS = {  # name in SageMaker -> name in a log line
     "train:loss": "loss",
@@ -113,43 +105,6 @@ class Prepare(Job):
     instance_type: str = "ml.m5.4xlarge"  # of every node; needs no GPU
     source_s3: str = ""  # folder with clips and their table
     source_file: str = ""  # manifest in it; empty: the folder itself is the source
-
-
-INPUTS = {Train: "train_s3", Eval: "test_s3", Prepare: "source_s3"}  # what a job cannot go without
-OF_REQUEST = {  # member of a request -> the option it comes from
-    "RoleArn": "--role",
-    "TrainingJobName": "--name",
-    "ProcessingJobName": "--name",
-    "AlgorithmSpecification.TrainingImage": "--image_uri",
-    "AppSpecification.ImageUri": "--image_uri",
-    "AppSpecification.ContainerArguments": "--prepare",
-    "OutputDataConfig.S3OutputPath": "--output_s3",
-    "OutputDataConfig.KmsKeyId": "--kms_key",
-    "Environment": "--environment",
-    "Tags": "--tags",
-    "Tags.Key": "--tags",
-    "Tags.Value": "--tags",
-    "VpcConfig.Subnets": "--subnets",
-    "VpcConfig.SecurityGroupIds": "--security_groups",
-    "NetworkConfig.VpcConfig.Subnets": "--subnets",
-    "NetworkConfig.VpcConfig.SecurityGroupIds": "--security_groups",
-    "StoppingCondition.MaxRuntimeInSeconds": "--max_run_seconds",
-    "StoppingCondition.MaxWaitTimeInSeconds": "--max_wait_seconds",
-    "CheckpointConfig.S3Uri": "--checkpoint_s3",
-    "TensorBoardOutputConfig.S3OutputPath": "--tensorboard_s3",
-    "RetryStrategy.MaximumRetryAttempts": "--max_retries",
-    "InputDataConfig.DataSource.S3DataSource.S3Uri": "--train_s3, --test_s3, --model_s3",
-} | {
-    f"{place}.{member}": option
-    for place in ("ResourceConfig", "ProcessingResources.ClusterConfig")
-    for member, option in (
-        ("InstanceType", "--instance_type"),
-        ("InstanceCount", "--instance_count"),
-        ("VolumeSizeInGB", "--volume_gb"),
-        ("VolumeKmsKeyId", "--kms_key"),
-        ("KeepAlivePeriodInSeconds", "--keep_alive_seconds"),
-    )
-}
 
 
 # ------ what options mean
@@ -420,148 +375,6 @@ def _vpc(job: Job) -> dict[str, list[str]]:
 
 def _key(job: Job, member: str) -> dict[str, str]:
     return {member: job.kms_key} if job.kms_key else {}
-
-
-# ------ what cannot be meant
-
-
-def contradictions(job: Job, options: Any) -> list[str]:
-    """Options that SageMaker, or the container, would refuse only after the instances are paid."""
-    found = [*_general(job)]
-    if isinstance(job, TrainingJob):
-        found += [*_spot(job), *_engine(job, options), *_own_options(job, options)]
-        if job.network_isolation and not job.model_s3:
-            found.append("--network_isolation true: the Hub cannot be reached: give --model_s3")
-    if isinstance(job, Eval) and job.adapter_job and job.adapter_s3:
-        found.append("--adapter_job and --adapter_s3 name two adapters: keep one")
-    if isinstance(job, Prepare):
-        if job.network_isolation:
-            found.append(
-                "--network_isolation true: the nodes meet in S3 and cannot reach it: leave it out"
-            )
-        given = changed(options)
-        for key in ("source", "output_dir", "s3_uri", "num_shards", "shard"):
-            if key in given:
-                found.append(f"--prepare.{key} {given[key]}: is set by the job: leave it out")
-    return found
-
-
-def _general(job: Job) -> Any:
-    for option in ("role", "image_uri", "output_s3"):
-        if not getattr(job, option):
-            yield f"--{option} is empty: give it"
-    if not getattr(job, INPUTS[type(job)]):
-        yield f"--{INPUTS[type(job)]} is empty: give it"
-    for field in dataclasses.fields(job):
-        value = getattr(job, field.name)
-        if field.name.endswith("_s3") and value and not split_uri(value)[0]:
-            yield f"--{field.name} {value}: is not in S3: write s3://BUCKET/PREFIX"
-    if job.dry_run and job.role and not job.role.startswith("arn:"):
-        yield f"--role {job.role}: a name needs IAM to find its ARN: give the ARN for a dry run"
-    if job.image_uri and not region_of(job):
-        yield f"--region is empty and --image_uri {job.image_uri} names none: give one: us-east-1"
-    image_region = region_of(dataclasses.replace(job, region=""))
-    if job.region and image_region and job.region != image_region:
-        yield (
-            f"--region {job.region}: the image lies in {image_region}, and SageMaker takes images "
-            f"of its own region only: push it to {job.region}"
-        )
-    for option in ("instance_count", "volume_gb", "max_run_seconds"):
-        if getattr(job, option) < 1:
-            yield f"--{option} {getattr(job, option)}: give 1 or more"
-    if bool(job.subnets) != bool(job.security_groups):
-        yield "--subnets and --security_groups go together: give both, or neither"
-    for name in pairs(job.environment, "--environment"):
-        if SECRET_NAMES.search(name):
-            yield (
-                f"--environment {name}: everybody who may look at the job reads it: keep it in "
-                "Secrets Manager and give --hf_token_from secretsmanager:NAME"
-            )
-    kind, _, where = job.hf_token_from.partition(":")
-    if job.hf_token_from and (kind not in ("secretsmanager", "ssm") or not where):
-        yield (  # whatever stands there may be a token: it is not shown
-            "--hf_token_from: write secretsmanager:NAME or ssm:NAME; the token itself stays out"
-        )
-
-
-def _spot(job: TrainingJob) -> Any:
-    if job.spot and keep_alive(job):
-        yield (
-            f"--keep_alive_seconds {job.keep_alive_seconds}: spot instances cannot be kept: "
-            "leave it out, or --spot false"
-        )
-    if job.spot and max_wait(job) < job.max_run_seconds:
-        yield (
-            f"--max_wait_seconds {job.max_wait_seconds}: is less than --max_run_seconds "
-            f"{job.max_run_seconds}, which it includes: give {job.max_run_seconds} or more"
-        )
-    if job.max_wait_seconds and not job.spot:
-        yield f"--max_wait_seconds {job.max_wait_seconds}: only spot jobs wait: give --spot true"
-
-
-def _engine(job: TrainingJob, options: Any) -> Any:
-    config, count, gpus = job.accelerate_config, processes(job), num_gpus(job.instance_type)
-    told = f"--accelerate_config {config}"
-    if config not in CONFIGS | {"auto"}:
-        yield f"{told}: is not in accelerate_configs: give one of {', '.join(sorted(CONFIGS))}"
-    if config == "single_gpu" and (job.instance_count > 1 or (count or 1) > 1):
-        yield (
-            f"{told}: is one process, and {job.instance_count} x {job.instance_type} would start "
-            f"{count or 'several'}: give auto"
-        )
-    if config == "multi_gpu" and job.instance_count > 1:
-        yield f"{told}: is for one node, --instance_count is {job.instance_count}: give multi_node"
-    if config == "cpu" and gpus:
-        yield f"{told}: would leave the GPUs of {job.instance_type} idle: give auto"
-    if config.startswith(("deepspeed", "fsdp")) and count == 1:
-        yield (
-            f"{told}: shares out among processes, and 1 x {job.instance_type} starts one: give "
-            "auto, or more GPUs"
-        )
-    if config in SHARDED and getattr(options, "quantize", "none") != "none":
-        yield (
-            f"--train.quantize {options.quantize}: packed weights cannot be cut, as {config} does: "
-            "give --accelerate_config multi_gpu, multi_node or deepspeed_zero2"
-        )
-    if gpus and job.processes_per_host > gpus:
-        yield (
-            f"--processes_per_host {job.processes_per_host}: {job.instance_type} has {gpus} GPUs: "
-            "give at most as many, or leave it out"
-        )
-    if job.stage_to_local and job.input_mode == "File":
-        yield "--stage_to_local true: File mode has copied the data already: leave it out"
-
-
-def _own_options(job: TrainingJob, options: Any) -> Any:
-    """Options of the script that the job sets."""
-    prefix = "train" if isinstance(job, Train) else "eval"
-    given = changed(options)
-    for key in ("data_dir", "output_dir", "cache_dir", "adapter"):
-        if key in given:
-            channel = {"data_dir": f"--{'train' if prefix == 'train' else 'test'}_s3"}
-            instead = channel.get(key, "--adapter_s3" if key == "adapter" else "nothing")
-            yield f"--{prefix}.{key} {given[key]}: is set by the job: give {instead} instead"
-    if "model" in given and job.model_s3:
-        yield f"--{prefix}.model {given['model']}: --model_s3 names another: keep one"
-
-
-def all_problems(job: Job, options: Any, request: dict[str, Any]) -> list[str]:
-    """Contradictions, then what AWS's own model refuses and they have not named."""
-    operation = "CreateProcessingJob" if isinstance(job, Prepare) else "CreateTrainingJob"
-    found = contradictions(job, options)
-    named = {problem.split()[0].rstrip(":") for problem in found}
-    prefix = {Train: "train", Eval: "eval"}.get(type(job), "")
-    options_of = OF_REQUEST | {
-        f"HyperParameters.{key}": f"--{prefix}.{key}" for key in request.get("HyperParameters", {})
-    }
-    options_of["InputDataConfig"] = f"--{INPUTS[type(job)]}"
-    options_of |= {f"Environment.{key}": "--environment" for key in request.get("Environment", {})}
-    found += [
-        problem
-        for problem in job_check.problems(operation, request, options_of)
-        if problem.split()[0].rstrip(":") not in named
-    ]
-    return found
 
 
 def ceiling_hours(job: Job) -> float:

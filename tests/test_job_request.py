@@ -34,7 +34,7 @@ def problems(options=None, **more):
     """What is found wrong with a training job."""
     job, config = train_job(**more), train_lora.Config(**options or {})
     request = build_request(job, config, f"{job.name}-20261123-120000")
-    return job_request.all_problems(job, config, request)
+    return job_check.all_problems(job, config, request)
 
 
 # ------ golden requests
