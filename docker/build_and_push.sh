@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the image of SageMaker jobs and put it into this account's ECR:
 #   docker/build_and_push.sh whisper-lora[:TAG] us-east-1 [BASE_IMAGE]
-# The last line it prints is the --image_uri for sagemaker_launch.py.
+# The last line it prints, with its digest, is the --image_uri for sagemaker_launch.py.
 set -euo pipefail
 
 if [[ $# -lt 2 || $# -gt 3 ]]; then
@@ -17,16 +17,20 @@ cd "$(dirname "$0")/.."
 
 account=$(aws sts get-caller-identity --query Account --output text)
 registry=$account.dkr.ecr.$region.amazonaws.com
-login() {
-    aws ecr get-login-password --region "$region" | docker login --username AWS --password-stdin "$1"
+login() { # REGISTRY REGION
+    aws ecr get-login-password --region "$2" | docker login --username AWS --password-stdin "$1"
 }
 
-login "$registry"
-[[ $base != *.dkr.ecr.* ]] || login "${base%%/*}"
+login "$registry" "$region"
+if [[ ${base%%/*} =~ \.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\. ]]; then
+    login "${base%%/*}" "${BASH_REMATCH[1]}" # the base's own region
+fi
 aws ecr describe-repositories --region "$region" --repository-names "$repository" >/dev/null 2>&1 ||
     aws ecr create-repository --region "$region" --repository-name "$repository" \
         --image-scanning-configuration scanOnPush=true >/dev/null
+# An attestation would make the image a list of two, which SageMaker refuses.
+export BUILDX_NO_DEFAULT_ATTESTATIONS=1
 docker build --platform linux/amd64 --file docker/Dockerfile \
     --build-arg "BASE_IMAGE=$base" --tag "$registry/$name" .
 docker push "$registry/$name"
-echo "$registry/$name"
+docker inspect --format '{{index .RepoDigests 0}}' "$registry/$name"

@@ -39,9 +39,10 @@ PORT = 7777  # where the processes of several nodes meet
 HOSTS_SECONDS = 300.0  # that a node's name may take to appear
 SHUTDOWN_SECONDS = 100  # of the 120 that SageMaker leaves after a SIGTERM
 FAILURE_BYTES = 1000  # SageMaker shows 1,024
-TAIL_BYTES = 16_384  # of stderr, to find the reason of a failure in
+TAIL_BYTES = 262_144  # of stderr, to find the reason of a failure in: eight tracebacks
 COPY_THREADS = 16  # FastFile answers a read after 20 ms or more
 MAX_UNPACKED = 64 * 2**30  # bytes of an adapter's archive
+EXCEPTION = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|Interrupt)\b")
 RESULTS = ("adapter", "adapter_best", "model", "model_best", "train.json", "metrics.jsonl")
 
 
@@ -308,9 +309,10 @@ def reason(tail: bytes, code: int) -> str:
     """Why a command failed: its own line, or that of the exception, or what it said last."""
     lines = [line.strip() for line in tail.decode(errors="replace").splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("error: ")]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    raised = [line for line in lines if EXCEPTION.match(line) and "ChildFailedError" not in line]
     said = own[:1] or raised[:1] or [" / ".join(lines[-3:])]
-    return f"exit code {code}: {said[0]}"
+    killed = f" ({signal.Signals(-code).name})" if code < 0 else ""
+    return f"exit code {code}{killed}: {said[0]}"
 
 
 # ------ results

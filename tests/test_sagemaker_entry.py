@@ -215,6 +215,7 @@ def test_a_failures_text_is_short_valid_and_without_the_token(tmp_path, monkeypa
             "error: --model x",
         ),
         ("Traceback (most recent call last):\n  File\nValueError: bad\nlast\n", "ValueError: bad"),
+        ("x.ChildFailedError: y\n[rank1]: KeyError: 'a'\n", "[rank1]: KeyError: 'a'"),
         ("one\ntwo\n", "one / two"),
     ],
 )
@@ -257,7 +258,8 @@ def test_build_and_push_logs_in_builds_and_pushes_without_breaking_words(tmp_pat
         fake = tmp_path / name
         fake.write_text(
             f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n'
-            'case "$*" in *caller-identity*) echo 123456789012;; *describe-repos*) exit 1;; esac\n'
+            'case "$*" in *caller-identity*) echo 123456789012;; '
+            '*describe-repos*) exit 1;; inspect*) echo "$4@sha256:0";; esac\n'
         )
         fake.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
@@ -265,7 +267,7 @@ def test_build_and_push_logs_in_builds_and_pushes_without_breaking_words(tmp_pat
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     image = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/whisper-lora:latest"
-    assert done.stdout.splitlines()[-1] == image
+    assert done.stdout.splitlines()[-1] == f"{image}@sha256:0"
     calls = (tmp_path / "calls").read_text()
     base = "763104351884.dkr.ecr.eu-west-1.amazonaws.com"
     for registry in (image.split("/")[0], base):
