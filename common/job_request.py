@@ -67,7 +67,7 @@ class Job:
 class TrainingJob(Job):
     """What jobs on GPUs have: training and evaluation."""
 
-    model_s3: str = ""  # folder of the base model; empty: the Hub
+    model_s3: str = ""  # folder of the base, or a job's model.tar.gz; empty: the Hub
     input_mode: Literal["File", "FastFile"] = "File"  # FastFile streams the data from S3
     stage_to_local: bool = False  # copy the data to the node's disk first; for FastFile
     accelerate_config: str = "auto"  # a file of accelerate_configs, without .yaml

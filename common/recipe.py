@@ -1,6 +1,7 @@
 """What a result was made with: options, library versions and git commit, to lie beside it."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from dataclasses import asdict
@@ -21,7 +22,10 @@ def recipe(config: Any) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """The commit of the scripts, with `+` when they were changed since; empty outside git."""
+    """The commit of the scripts, with `+` when they were changed since.
+
+    Outside of a git checkout it is GIT_COMMIT, which docker/Dockerfile sets, or empty.
+    """
     folder = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -30,6 +34,7 @@ def git_commit() -> str:
 
     try:
         commit = git("rev-parse", "HEAD")
-        return commit + "+" if commit and git("status", "--porcelain", "-uno") else commit
+        changed = commit and git("status", "--porcelain", "-uno")
     except FileNotFoundError:  # no git on this machine
-        return ""
+        commit = changed = ""
+    return commit + "+" if changed else commit or os.environ.get("GIT_COMMIT", "")

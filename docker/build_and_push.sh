@@ -31,6 +31,6 @@ aws ecr describe-repositories --region "$region" --repository-names "$repository
 # An attestation would make the image a list of two, which SageMaker refuses.
 export BUILDX_NO_DEFAULT_ATTESTATIONS=1
 docker build --platform linux/amd64 --file docker/Dockerfile \
-    --build-arg "BASE_IMAGE=$base" --tag "$registry/$name" .
+    --build-arg "BASE_IMAGE=$base" --build-arg "GIT_COMMIT=$(git rev-parse HEAD || true)" --tag "$registry/$name" .
 docker push "$registry/$name"
 docker inspect --format '{{index .RepoDigests 0}}' "$registry/$name"

@@ -43,6 +43,7 @@ TAIL_BYTES = 262_144  # of stderr, to find the reason of a failure in: eight tra
 COPY_THREADS = 16  # FastFile answers a read after 20 ms or more
 MAX_UNPACKED = 64 * 2**30  # bytes of an adapter's archive
 EXCEPTION = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|Interrupt)\b")
+TRAINED = {"adapter": "adapter_config.json", "model": "config.json"}  # by what it is known
 RESULTS = ("adapter", "adapter_best", "model", "model_best", "train.json", "metrics.jsonl")
 
 
@@ -125,7 +126,7 @@ def channel(name: str) -> Path | None:
 def set_by_job(script: str, *, stage: bool) -> dict[str, str]:
     """Options that say where a job's data is, and where results go."""
     model = channel("model")
-    own = {} if model is None else {"model": str(model)}
+    own = {} if model is None else {"model": str(find_trained(model, "model"))}
     data = channel("train" if script == "train_lora.py" else "test")
     if data is not None:
         own["data_dir"] = str(staged(data) if stage else data)
@@ -136,7 +137,7 @@ def set_by_job(script: str, *, stage: bool) -> dict[str, str]:
         }
     adapter = channel("adapter")
     if adapter is not None:
-        own["adapter"] = str(find_adapter(adapter))
+        own["adapter"] = str(find_trained(adapter, "adapter"))
     return own | {"output_dir": str(ML / "output" / "data")}
 
 
@@ -164,11 +165,11 @@ def staged(folder: Path) -> Path:
     return target
 
 
-def find_adapter(folder: Path) -> Path:
-    """The adapter in a channel: the channel itself, or in a model.tar.gz of a training job."""
+def find_trained(folder: Path, kind: str) -> Path:
+    """The model or adapter of a channel, which may hold the model.tar.gz of a training job."""
     archive = folder / "model.tar.gz"
     if archive.is_file():
-        folder = SCRATCH / "adapter_channel"
+        folder = SCRATCH / f"{kind}_channel"
         try:
             with tarfile.open(archive, mode="r:gz") as packed:
                 if sum(member.size for member in packed) > MAX_UNPACKED:
@@ -176,10 +177,10 @@ def find_adapter(folder: Path) -> Path:
                 packed.extractall(folder, filter="data")
         except tarfile.TarError as error:
             raise EntryError(f"{archive}: cannot be unpacked ({error})") from error
-    for place in (folder / "adapter", folder, folder / "adapter_best"):
-        if (place / "adapter_config.json").is_file():
+    for place in (folder / kind, folder, folder / f"{kind}_best"):
+        if (place / TRAINED[kind]).is_file():
             return place
-    raise EntryError(f"--adapter_s3: no adapter_config.json in {folder}")
+    raise EntryError(f"--{kind}_s3: no {TRAINED[kind]} in {folder}")
 
 
 def read_token(source: str) -> str:

@@ -20,7 +20,7 @@ from strict_aws import REGION, strict_aws
 from training import SMALL
 
 import train_lora
-from common import cli
+from common import cli, recipe
 
 spec = importlib.util.spec_from_file_location("sagemaker_entry", sagemaker.ENTRY)
 entry = importlib.util.module_from_spec(spec)
@@ -115,6 +115,7 @@ def test_what_the_job_sets_gives_way_to_nothing_but_an_option_that_was_sent(tmp_
     monkeypatch.setattr(entry, "ML", tmp_path)
     for name in ("train", "model"):
         (tmp_path / "input" / "data" / name).mkdir(parents=True)
+    (tmp_path / "input" / "data" / "model" / "config.json").touch()
     own = entry.set_by_job("train_lora.py", stage=False)
     assert own["data_dir"] == str(tmp_path / "input" / "data" / "train")
     assert own["model"] == str(tmp_path / "input" / "data" / "model")
@@ -160,17 +161,19 @@ def test_an_adapter_is_found_in_its_folder_or_in_a_training_jobs_archive(tmp_pat
     plain = tmp_path / "plain"
     plain.mkdir()
     with pytest.raises(entry.EntryError, match=r"--adapter_s3: no adapter_config\.json"):
-        entry.find_adapter(plain)
+        entry.find_trained(plain, "adapter")
     (plain / "adapter_config.json").touch()
-    assert entry.find_adapter(plain) == plain
+    assert entry.find_trained(plain, "adapter") == plain
     packed = tmp_path / "packed"
     packed.mkdir()
-    names = ("adapter/adapter_config.json", "adapter_best/adapter_config.json", "train.json")
+    names = ("adapter/adapter_config.json", "model/config.json", "model_best/config.json")
     pack(packed / "model.tar.gz", *names)
-    assert entry.find_adapter(packed) == tmp_path / "scratch" / "adapter_channel" / "adapter"
+    for kind in ("adapter", "model"):
+        found = entry.find_trained(packed, kind)
+        assert found == tmp_path / "scratch" / f"{kind}_channel" / kind
     pack(packed / "model.tar.gz", "../evil")
     with pytest.raises(entry.EntryError, match="cannot be unpacked"):
-        entry.find_adapter(packed)
+        entry.find_trained(packed, "adapter")
     assert not list(tmp_path.rglob("evil"))
 
 
@@ -237,6 +240,15 @@ def test_the_dockerfile_is_clean_and_the_entry_is_process_1():
     for line in re.findall(r"^COPY (.*) \S+$", text, flags=re.M):
         for name in line.split():
             assert (launch.ROOT / name).exists(), name
+
+
+def test_results_of_the_image_name_the_commit_that_it_was_built_from(tmp_path, monkeypatch):
+    assert re.match(r"[0-9a-f]{40}", recipe.git_commit()), "of this checkout"
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
+    assert recipe.git_commit() == "abc"
+    monkeypatch.delenv("GIT_COMMIT")
+    assert recipe.git_commit() == ""
 
 
 def test_the_image_asks_for_everything_but_torch():
