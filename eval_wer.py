@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,7 +339,7 @@ def main(config: Config) -> None:
 def evaluate(config: Config) -> None:
     whisper.quiet_libraries()
     accelerator = engine.open_accelerator(precision=None, timeout_minutes=config.collective_timeout)
-    say = accelerator.print
+    say = partial(engine.say, accelerator)
 
     # ------ data
     splits, prepared = load_prepared(config.data_dir)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -371,7 +372,7 @@ def train_step(
                 "not fit the GPU's memory: give fewer seconds, or --gradient_checkpointing true"
             )
         run.num_parts *= 2
-        accelerator.print(f"out of memory: pieces are cut in {run.num_parts} from here on")
+        engine.say(accelerator, f"out of memory: pieces are cut in {run.num_parts} from here on")
         optimizer.zero_grad()
         torch.cuda.empty_cache()
         totals.loss = loss_before.clone()
@@ -558,9 +559,10 @@ def cache_encoder(run: Run, train: Dataset, dtype: torch.dtype) -> EncoderCache:
     }
     filled, first = is_filled(cache, identity), run.accelerator.is_local_main_process
     run.accelerator.wait_for_everyone()  # all have looked
-    run.accelerator.print(
+    engine.say(
+        run.accelerator,
         f"encoder cache: {cache.num_bytes / 1e9:.2f} GB in {folder}"
-        + (", found complete" if filled else "")
+        + (", found complete" if filled else ""),
     )
     if filled:
         return cache
@@ -735,7 +737,7 @@ def find_checkpoint(
                 changed_too=config.resume_changed,
             )
             for warning in warnings:
-                accelerator.print(warning)
+                engine.say(accelerator, warning)
             if folder is not None:
                 found[:2] = [str(folder), checkpoint.read_state(folder)]
         except cli.UserError as error:
@@ -780,7 +782,7 @@ def train(config: Config, stop: Stop) -> None:
     )
     engine.check(accelerator, quantize=config.quantize, precision=accelerator.mixed_precision)
     stop.join(accelerator)
-    say, leader = accelerator.print, accelerator.is_main_process
+    say, leader = partial(engine.say, accelerator), accelerator.is_main_process
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise cli.UserError("--precision auto: accelerate launch asks for fp16, which needs a GPU")
 

@@ -65,6 +65,12 @@ def open_accelerator(
     return accelerator
 
 
+def say(accelerator: Accelerator, text: str) -> None:
+    """Print in the first process of the run; accelerate's own `print` speaks on each machine."""
+    if accelerator.is_main_process:
+        print(text, flush=True)
+
+
 def _asks(engine: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
