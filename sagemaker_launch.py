@@ -32,7 +32,6 @@ from typing import Any
 from common import cli, instances, job_report
 from common.aws import NOT_THERE, client, split_uri, told_in_one_line
 from common.cli import UserError
-from common.dataset import RECIPE_NAME
 from common.files import new_folder
 from common.job_check import all_problems
 from common.job_request import (
@@ -186,6 +185,8 @@ def send(job: Job, requests: list[dict[str, Any]]) -> None:
 
 def inputs(job: Job) -> Iterator[tuple[str, str, str]]:
     """Option, place and a file that must be in it, for everything that a job reads."""
+    from common.dataset import RECIPE_NAME  # brings pandas: not for `status`
+
     if isinstance(job, Prepare):
         yield "--source_s3", job.source_s3, job.source_file
         return
@@ -269,12 +270,13 @@ def records(s3: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     if not place:
         return []
     bucket, prefix = split_uri(place)
-    try:
-        body = s3.get_object(Bucket=bucket, Key=f"{prefix}/metrics.jsonl")["Body"].read()
-    except s3.exceptions.ClientError as error:
-        if error.response["Error"]["Code"] in NOT_THERE:
-            return []
-        raise UserError(f"--job: {place}: AWS answers: {error}") from error
+    with told_in_one_line(f"--job {job['TrainingJobName']}: {place}"):
+        try:
+            body = s3.get_object(Bucket=bucket, Key=f"{prefix}/metrics.jsonl")["Body"].read()
+        except s3.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] in NOT_THERE:
+                return []
+            raise
     lines = body.decode().split("\n")[:-1]  # a torn last line has no end
     return [json.loads(line) for line in lines]
 

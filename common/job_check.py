@@ -40,8 +40,6 @@ TYPES = {
     "string": str, "boolean": bool, "integer": int, "long": int, "float": float, "double": float,
     "list": list, "map": dict, "structure": dict,
 }  # fmt: skip
-
-
 INPUTS = {Train: "train_s3", Eval: "test_s3", Prepare: "source_s3"}  # what a job cannot go without
 OF_REQUEST = {  # member of a request -> the option it comes from
     "RoleArn": "--role",

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from common.aws import split_uri
 from common.cli import UserError
 
 
@@ -100,11 +100,10 @@ def _opened(s3_uri: str) -> Iterator[tuple[Any, str, str]]:
 
 
 def _bucket_and_prefix(s3_uri: str) -> tuple[str, str]:
-    parts = urlsplit(s3_uri)
-    if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+    bucket, prefix = split_uri(s3_uri)
+    if not bucket:
         raise UserError(f"--s3_uri {s3_uri} is not an S3 URI: write s3://BUCKET/PREFIX")
-    prefix = parts.path.strip("/")
-    return parts.netloc, f"{prefix}/" if prefix else ""
+    return bucket, f"{prefix}/" if prefix else ""
 
 
 def _client(s3_uri: str) -> Any:
