@@ -13,32 +13,35 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerBase,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
-from common import batching, cli, decoding, engine, labels, metrics, whisper
+from common import batching, cli, decoding, engine, labels, metrics, precision, whisper
 from common.batching import Context, DecodeBatch, DecodeWindow
 from common.collator import SpeechCollator, load_batches
 from common.dataset import column, load_prepared
 from common.files import write_json, write_text
 from common.memory import CAP_MARGIN, device_memory_gib, peak_memory_gib, plan_decoding
+from common.precision import DTYPES, Precision
 from common.progress import track
 from common.recipe import recipe
 
 CAP_EXTRA = 16  # tokens on top, for clips so short that a rate says little
 WORST_CLIPS = 20
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Config:
     context: Context = "auto"  # window: auto follows each clip's length, full is 30 seconds
     batch_seconds: float = 0.0  # seconds of window a batch; 0 fits the memory
     num_beams: int = 1  # 1 decodes greedily
-    precision: Precision = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it
+    precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
     num_workers: int = 1  # processes that read audio ahead; 0 reads in the main one
     collective_timeout: float = 120.0  # minutes that a process waits for the others
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for wer.json, predictions.jsonl
@@ -70,14 +73,6 @@ class Prediction:
 
 
 # ------ decoding
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    """The dtype that `--precision` means on this machine."""
-    if precision != "auto":
-        return DTYPES[precision]
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def load_for_decoding(
@@ -307,27 +302,38 @@ def decode_window(record: dict[str, Any] | None) -> DecodeWindow:
 
 
 def plan_batches(
-    config: Config,
     accelerator: Accelerator,
-    model: WhisperForConditionalGeneration,
+    model_config: WhisperConfig,
     seconds: np.ndarray,
+    *,
+    bytes_per_value: int,
+    context: Context,
     window: DecodeWindow,
-) -> list[DecodeBatch]:
-    """Batches that fit the memory, as many for each process."""
+    batch_seconds: float = 0.0,
+    num_beams: int = 1,
+) -> tuple[list[DecodeBatch], float]:
+    """Batches that fit the memory of every process, as many for each; their seconds of window.
+
+    All processes must call. What earlier batches have left in the allocator's cache is given back.
+
+    Args:
+        seconds: (N,) length of each clip.
+        bytes_per_value: of keys and values.
+        batch_seconds: given by hand; 0 fits the memory.
+    """
+    clear_device_cache(garbage_collection=True)
     of = accelerator.num_processes
     fits = plan_decoding(
-        model.config,
-        memory_gib=device_memory_gib(accelerator.device, of),
-        bytes_per_value=model.dtype.itemsize,
-        num_beams=config.num_beams,
+        model_config,
+        memory_gib=engine.least(accelerator, device_memory_gib(accelerator.device, of)),
+        bytes_per_value=bytes_per_value,
+        num_beams=num_beams,
     )
-    return batching.decode_plan(
-        seconds,
-        batch_seconds=config.batch_seconds or fits,
-        context=config.context,
-        window=window,
-        num_processes=of,
+    batch_seconds = batch_seconds or fits
+    batches = batching.decode_plan(
+        seconds, batch_seconds=batch_seconds, context=context, window=window, num_processes=of
     )
+    return batches, batch_seconds
 
 
 def main(config: Config) -> None:
@@ -338,7 +344,10 @@ def main(config: Config) -> None:
 
 def evaluate(config: Config) -> None:
     whisper.quiet_libraries()
-    accelerator = engine.open_accelerator(precision=None, timeout_minutes=config.collective_timeout)
+    config = replace(config, precision=precision.choose(config.precision))
+    accelerator = engine.open_accelerator(
+        precision=config.precision, timeout_minutes=config.collective_timeout
+    )
     say = partial(engine.say, accelerator)
 
     # ------ data
@@ -355,7 +364,7 @@ def evaluate(config: Config) -> None:
     check_languages(config, tokenizer, dataset)
     say(
         f"{config.split}: {len(dataset)} clips, {seconds.sum() / 60:.1f} minutes, "
-        f"{accelerator.num_processes} processes"
+        f"{accelerator.num_processes} processes, {config.precision}"
     )
 
     # ------ base and adapter
@@ -366,14 +375,23 @@ def evaluate(config: Config) -> None:
         adapters["adapter"] = config.adapter
     for name, adapter in adapters.items():
         model = load_for_decoding(
-            config.model, adapter, dtype=dtype_of(config.precision), device=accelerator.device
+            config.model, adapter, dtype=DTYPES[config.precision], device=accelerator.device
         )
         whisper.complete_generation_config(model, tokenizer)
         record = read_record(adapter or config.model)
         if adapter and record:  # of one trained elsewhere, shapes are all there is to compare
             check_base(config, record, model)
         window = decode_window(record)
-        batches = plan_batches(config, accelerator, model, seconds, window)
+        batches, batch_seconds = plan_batches(
+            accelerator,
+            model.config,
+            seconds,
+            bytes_per_value=model.dtype.itemsize,
+            context=config.context,
+            window=window,
+            batch_seconds=config.batch_seconds,
+            num_beams=config.num_beams,
+        )
         after = f" ({window.margin / batching.POSITIONS_PER_SECOND:.2f} s after the speech)"
         say(
             f"decoding with {adapter or config.model}, {config.context} window"
@@ -395,6 +413,7 @@ def evaluate(config: Config) -> None:
         wall_seconds = time.perf_counter() - start
         systems[name] = score(dataset, texts[name], tokenizer) | {
             "audio_seconds": float(seconds.sum()),
+            "batch_seconds": batch_seconds,
             "wall_seconds": wall_seconds,
             "real_time_factor": wall_seconds / float(seconds.sum()),
             "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,12 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
 import eval_wer
-from common import batching, checkpoint, cli, engine, labels, whisper
+from common import batching, checkpoint, cli, engine, labels, precision, whisper
 from common.batching import Context, DecodeBatch, GlobalBatch, MicroBatch
 from common.collator import SpeechCollator, label_positions, load_batches
 from common.dataset import column, label_lengths, load_prepared
@@ -47,16 +48,16 @@ from common.memory import (
     plan_memory,
     predict_gib,
 )
+from common.precision import DTYPES, Precision
 from common.progress import track
 from common.recipe import recipe
 from common.stop import Stop, agree, listen
-from eval_wer import DTYPES, Precision, Prediction
+from eval_wer import Prediction
 
 SANITY_CLIPS = 2  # validation clips that are tried before training, to fail early
-DECODE_FACTOR = 4  # seconds decoded at once over those trained on: without a graph they fit
 FULL_RATE = 1e-4  # above it, full fine-tuning is warned
 SHOWN_TEXTS = 5  # validation texts shown in TensorBoard
-MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that the loss scaler may skip while it finds its scale
+MAX_SKIPPED_STEPS = 20  # fp16 steps in a row that overflow while the loss scaler finds its scale
 # Options that a resumed run may change: none of them changes what is computed, but for rounding.
 FREE_ON_RESUME = {
     "output_dir", "resume", "num_workers", "log_every", "save_every", "eval_every", "wer_every",
@@ -79,7 +80,7 @@ class Config:
     num_epochs: int = 3  # passes over the training split
     max_steps: int = 0  # optimizer steps, instead of --num_epochs; 0 goes by epochs
     max_minutes: float = 0.0  # stop in time to save within so many; 0 has no limit
-    global_batch_size: int = 16  # clips an optimizer step, over all processes
+    global_batch_size: int = 0  # clips per step, over all processes; 0: 16, from 10,000 clips on 64
     max_batch_seconds: float = 0.0  # window seconds a process computes at once; 0 fits the memory
     memory_gib: float = 0.0  # memory of a process to be fitted; 0 takes what is free
     # ------ optimizer
@@ -99,7 +100,7 @@ class Config:
     cache_dir: str = ""  # a local disk for these outputs; empty: OUTPUT_DIR/encoder_cache
     # ------ base
     quantize: whisper.Quantize = "none"  # int8 or nf4 hold the base in 8 or 4 bits, to fit
-    precision: Precision = "auto"  # fp32, bf16 or fp16; auto takes accelerate launch's setting
+    precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
     gradient_checkpointing: bool = False  # less memory, a third more time; by itself at need
     context: Context = "auto"  # window: auto follows the clips' length, full is 30 seconds
     # ------ once in a while
@@ -130,17 +131,11 @@ def learning_rate(step: int, config: Config, total_steps: int) -> float:
     return config.learning_rate * share
 
 
-def step_seed(config: Config, step: int, rank: int) -> int:
-    """Seed of what the base itself draws in one step, so that a resumed run repeats it."""
-    return int(np.random.SeedSequence((config.seed, step, rank)).generate_state(1)[0])
-
-
 def clip_seeds(config: Config, step: int, clips: Sequence[int | None]) -> torch.Tensor:
     """Seeds (B) of the adapter's dropout: the same whatever process or piece a clip comes in."""
     sources = ((config.seed, step, 0 if clip is None else clip + 1) for clip in clips)
-    return torch.tensor(
-        [int(np.random.SeedSequence(source).generate_state(1)[0]) for source in sources]
-    )
+    seeds = [int(np.random.SeedSequence(source).generate_state(1)[0]) for source in sources]
+    return torch.tensor(seeds, pin_memory=torch.cuda.is_available())  # copied asynchronously
 
 
 # ------ data
@@ -244,7 +239,8 @@ def validation_loss(run: "Run", batches: Sequence[MicroBatch]) -> float:
     taken = [batches[min(at, len(batches) - 1)] for at in mine]
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     run.wrapped.eval()
-    loader = load_batches(run.validation, taken, run.collate, num_workers=0)
+    workers = run.config.num_workers
+    loader = load_batches(run.validation, taken, run.collate, num_workers=workers)
     for at, inputs in zip(mine, loader, strict=True):
         loss = token_loss_sum(run.wrapped, inputs).item()
         if at < len(batches):
@@ -269,6 +265,7 @@ class Totals:
     wait_seconds: float = 0.0  # of waiting for data
     seconds: float = 0.0
     norms: list[tuple[Step, torch.Tensor]] = field(default_factory=list)  # not looked at yet
+    last_norm: float | None = None  # of the last step that was taken
 
 
 @dataclass
@@ -290,7 +287,10 @@ class Run:
     output: Path
     best: dict[str, float] | None  # step and eval_loss of adapter_best
     stop: Stop
+    total_steps: int
     num_parts: int = 1  # that each piece is cut in, after memory ran out
+    skipped: int = 0  # steps that overflowed in fp16
+    skipped_in_row: int = 0  # the last ones of them
 
     def loss_plan(self) -> list[MicroBatch]:
         """The validation clips in batches of one window, with labels."""
@@ -303,14 +303,16 @@ class Run:
         )
 
     def decode_plan(self) -> list[DecodeBatch]:
-        """The validation clips in batches to be decoded."""
-        return batching.decode_plan(
+        """The validation clips in batches to be decoded, as large as the free memory allows."""
+        dtype = DTYPES[self.config.precision]
+        return eval_wer.plan_batches(
+            self.accelerator,
+            self.model.config,
             column(self.validation, "seconds"),
-            batch_seconds=DECODE_FACTOR * self.config.max_batch_seconds,
+            bytes_per_value=dtype.itemsize,
             context=self.config.context,
             window=batching.TRAINED,
-            num_processes=self.accelerator.num_processes,
-        )
+        )[0]
 
 
 # ------ one step
@@ -352,16 +354,19 @@ def train_step(
 
     Nothing here waits for a GPU: gradient norms stay there until `check_norms` looks at them.
 
+    In fp16 a step whose gradient overflows is not taken, and its loss not counted.
+
     Where a piece does not fit the GPU's memory, on any process, the step starts again on all with
     pieces half as large, and so do all later steps: the same gradient but for rounding. DeepSpeed
     and FSDP exchange weights or gradients within a piece, which no process can leave: they end.
     """
     accelerator, optimizer = run.accelerator, run.optimizer
-    loss_before, arrived = totals.loss.clone(), []
+    arrived = []
     pieces = arriving(collated, totals, arrived)
     starts_again = engine.exchanges_last(accelerator)
     while True:
-        fits = accumulate(run, step, pieces, totals)
+        loss = accumulate(run, step, pieces)
+        fits = loss is not None
         if run.stop.all(fits) if starts_again else fits:
             break
         arrived += arriving(collated, totals, [])
@@ -373,32 +378,40 @@ def train_step(
             )
         run.num_parts *= 2
         engine.say(accelerator, f"out of memory: pieces are cut in {run.num_parts} from here on")
-        optimizer.zero_grad()
-        torch.cuda.empty_cache()
-        totals.loss = loss_before.clone()
+        engine.clear_gradient(accelerator, optimizer)
+        clear_device_cache(garbage_collection=True)
         pieces = iter(arrived)
     engine.exchange(accelerator, optimizer)
     norm = engine.clip_gradient(accelerator, optimizer, run.config.max_grad_norm)
     engine.hold_if_not_finite(accelerator, optimizer, norm)
     optimizer.step()
-    optimizer.zero_grad()
-    if not accelerator.optimizer_step_was_skipped:  # as the fp16 scaler does
-        totals.norms.append((step, norm))
+    engine.clear_gradient(accelerator, optimizer)
+    if accelerator.scaler is not None:
+        loss = torch.where(torch.isfinite(norm), loss, 0.0)
+    totals.loss += loss
+    totals.norms.append((step, norm))
 
 
-def check_norms(run: Run, totals: Totals, dataset: Dataset) -> float:
-    """The gradient norm of the last step, once those of all steps since a log line are finite.
+def check_norms(run: Run, totals: Totals, dataset: Dataset) -> None:
+    """Look at the gradient norms of the steps since the last look.
+
+    One that is not finite is an overflow in fp16: AdamW has read the scaler's flag on the GPU and
+    left the weights as they were. Accelerate's `optimizer_step_was_skipped` does not know of it.
 
     Raises:
-        UserError: naming the clips of the first step whose norm is not.
+        UserError: naming the clips of the first step whose norm is not finite, in fp16 of the last
+            of more than MAX_SKIPPED_STEPS in a row.
     """
-    if not totals.norms:  # the fp16 scaler has skipped all steps
-        return 0.0
     norms = torch.stack([norm for _, norm in totals.norms]).tolist()
     for (step, _), norm in zip(totals.norms, norms, strict=True):
-        if not math.isfinite(norm):
+        if math.isfinite(norm):
+            totals.last_norm, run.skipped_in_row = norm, 0
+            continue
+        run.skipped, run.skipped_in_row = run.skipped + 1, run.skipped_in_row + 1
+        totals.tokens -= step.num_tokens
+        if run.accelerator.scaler is None or run.skipped_in_row > MAX_SKIPPED_STEPS:
             raise not_finite(run, step, dataset, norm)
-    return norms[-1]
+    totals.norms.clear()
 
 
 def arriving(
@@ -419,9 +432,8 @@ def accumulate(
     run: Run,
     step: Step,
     pieces: Iterator[dict[str, torch.Tensor]],
-    totals: Totals,
-) -> bool:
-    """Add up the gradients of a step's pieces; `False` where memory ran out on the way.
+) -> torch.Tensor | None:
+    """Add up the gradients of a step's pieces, and their loss; `None` where memory ran out.
 
     The gradient is that of the summed loss over the global batch's token count. DDP averages over
     processes, hence the factor.
@@ -435,17 +447,20 @@ def accumulate(
     )
     count = sum(len(part_starts(len(piece.clips), run.num_parts)) for piece in step.pieces)
     scale = run.accelerator.num_processes / step.num_tokens
-    torch.manual_seed(step_seed(run.config, step.number, run.accelerator.process_index))
+    total = torch.zeros((), device=run.accelerator.device)
     try:
         for i in range(count):
             inputs = next(parts)
             with engine.accumulating(run.accelerator, run.wrapped, last=i == count - 1):
                 loss = token_loss_sum(run.wrapped, inputs)
-                totals.loss += loss.detach()
+                total += loss.detach()
                 run.accelerator.backward(loss * scale)
-    except torch.OutOfMemoryError:
-        return False
-    return True
+    except RuntimeError as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+        if not is_memory:
+            raise
+        return None
+    return total
 
 
 # ------ main
@@ -478,13 +493,15 @@ def check(config: Config) -> None:
             f"--lora_scope {config.lora_scope}: give all, decoder, or top_ and a number: top_2"
         )
     for name in (
-        "num_epochs", "global_batch_size", "learning_rate", "lora_rank",
+        "num_epochs", "learning_rate", "lora_rank",
         "lora_alpha", "max_grad_norm", "eval_every", "save_every", "keep_checkpoints", "log_every",
         "collective_timeout",
     ):  # fmt: skip
         if getattr(config, name) <= 0:
             problems.append(f"--{name} {getattr(config, name)}: give a positive number")
-    for name in ("max_batch_seconds", "memory_gib", "max_minutes", "save_every_minutes"):
+    for name in (
+        "global_batch_size", "max_batch_seconds", "memory_gib", "max_minutes", "save_every_minutes",
+    ):  # fmt: skip
         if getattr(config, name) < 0:
             problems.append(f"--{name} {getattr(config, name)}: give a positive number, or 0")
     for name in ("warmup_ratio", "lora_dropout"):
@@ -530,7 +547,8 @@ def fit_memory(config: Config, accelerator: Accelerator, model: torch.nn.Module)
             checkpointing=config.gradient_checkpointing, **options,
         )  # fmt: skip
         return MemoryPlan(config.max_batch_seconds, config.gradient_checkpointing, predicted)
-    memory_gib = config.memory_gib or device_memory_gib(device, accelerator.num_processes)
+    free_gib = engine.least(accelerator, device_memory_gib(device, accelerator.num_processes))
+    memory_gib = config.memory_gib or free_gib
     try:
         return plan_memory(
             model.config, weights, memory_gib=memory_gib,
@@ -637,7 +655,7 @@ def transcribe_validation(
     run: Run, batches: Sequence[DecodeBatch], tokens_per_second: float
 ) -> dict[str, Prediction]:
     """Decode batches of validation clips, shared out among the processes."""
-    with decoding_model(run) as model:
+    with decoding_model(run) as model, decoding_precision(run, model):
         mine = eval_wer.transcribe(
             model,
             run.tokenizer,
@@ -645,8 +663,19 @@ def transcribe_validation(
             batches[run.accelerator.process_index :: run.accelerator.num_processes],
             task=run.prepared["config"]["task"],
             tokens_per_second=tokens_per_second,
+            num_workers=run.config.num_workers,
         )
     return eval_wer.gather(mine)
+
+
+def decoding_precision(
+    run: Run, model: WhisperForConditionalGeneration
+) -> AbstractContextManager[None]:
+    """Autocast around weights held in float32; those in half precision need none, and are faster.
+
+    Weights that are trained are cast once for the whole block: autocast keeps their copies.
+    """
+    return run.accelerator.autocast() if model.dtype == torch.float32 else nullcontext()
 
 
 def try_validation(run: Run) -> None:
@@ -673,14 +702,22 @@ def evaluate_wer(run: Run, step: int) -> None:
     log_text(run.journal, "predictions", "\n\n".join(texts), step)
 
 
-def evaluate(run: Run, step: int, *, last: bool = False) -> None:
-    """What is due after a step; all of it after the last one."""
-    if run.validation is None:
-        return
+def evaluation_is_due(run: Run, step: int) -> bool:
+    """Whether something is to be evaluated after a step; all is after the last one."""
+    config = run.config
+    due = step >= run.total_steps or _due(step, config.eval_every) or _due(step, config.wer_every)
+    return due and run.validation is not None
+
+
+def evaluate(run: Run, step: int) -> None:
+    """Evaluate what is due after a step, and note in its checkpoint, if any, that it is done."""
+    last = step >= run.total_steps
     if _due(step, run.config.eval_every) or last:
         evaluate_loss(run, step)
     if _due(step, run.config.wer_every) or last:
         evaluate_wer(run, step)
+    if run.accelerator.is_main_process:
+        checkpoint.update(run.output / "checkpoints", step, evaluated=True, best=run.best)
 
 
 def save_model(run: Run, name: str, step: int) -> None:
@@ -714,6 +751,7 @@ def save_checkpoint(run: Run, step: int, totals: Totals, *, evaluated: bool) -> 
             "tokens": totals.tokens,
             "evaluated": evaluated,
             "scaler": None if scaler is None else scaler.state_dict(),
+            "skipped": [run.skipped, run.skipped_in_row],
         },
         keep=run.config.keep_checkpoints,
     )
@@ -774,17 +812,13 @@ def train(config: Config, stop: Stop) -> None:
     whisper.quiet_libraries()
     started = time.perf_counter()
     output = Path(config.output_dir)
-    precision = {"auto": None, "fp32": "no"}.get(config.precision, config.precision)
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise cli.UserError("--precision fp16: needs a GPU: give fp32 or bf16")
+    config = replace(config, precision=precision.choose(config.precision))
     accelerator = engine.open_accelerator(
-        precision=precision, output=output, timeout_minutes=config.collective_timeout
+        precision=config.precision, output=output, timeout_minutes=config.collective_timeout
     )
-    engine.check(accelerator, quantize=config.quantize, precision=accelerator.mixed_precision)
-    stop.join(accelerator)
+    engine.check(accelerator, quantize=config.quantize, precision=config.precision)
+    stop.join(accelerator, config.collective_timeout)
     say, leader = partial(engine.say, accelerator), accelerator.is_main_process
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise cli.UserError("--precision auto: accelerate launch asks for fp16, which needs a GPU")
 
     # ------ data
     splits, prepared = load_prepared(config.data_dir)
@@ -797,6 +831,8 @@ def train(config: Config, stop: Stop) -> None:
     tokenizer = labels.load_tokenizer(config.model)
     check_labels(config, tokenizer, prepared)
     seconds = column(train, "seconds")
+    if not config.global_batch_size:
+        config = replace(config, global_batch_size=batching.default_batch_size(len(train)))
     steps_per_epoch = math.ceil(len(train) / config.global_batch_size)
     total_steps = config.max_steps or config.num_epochs * steps_per_epoch
 
@@ -807,21 +843,24 @@ def train(config: Config, stop: Stop) -> None:
     found, state = find_checkpoint(config, accelerator, identity)
 
     # ------ model
-    held = DTYPES[{"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)]
-    if config.tune != "lora":
-        held = torch.float32  # of weights that are trained
+    # Weights that are trained are held in float32.
+    held = DTYPES[config.precision] if config.tune == "lora" else torch.float32
     base = whisper.load_base(
         config.model, dtype=held, quantize=config.quantize, device=accelerator.device
     )
     whisper.complete_generation_config(base, tokenizer)
-    made = recipe(config) | {
-        "base_probe": whisper.base_probe(base),
-        "window": batching.window_policy(config.context),
-    }
     set_seed(config.seed)
     bare = trainable_model(config, base)
     memory = fit_memory(config, accelerator, bare)
-    config = replace(config, max_batch_seconds=memory.max_batch_seconds)
+    config = replace(
+        config,
+        max_batch_seconds=memory.max_batch_seconds,
+        gradient_checkpointing=memory.checkpointing,
+    )
+    made = recipe(config) | {  # as used: nothing in it says "auto" any more
+        "base_probe": whisper.base_probe(base),
+        "window": batching.window_policy(config.context),
+    }
     if memory.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     trainable = engine.trained_parameters(bare).values()
@@ -843,13 +882,13 @@ def train(config: Config, stop: Stop) -> None:
     )
     run = Run(
         config, accelerator, bare, model, optimizer, eval_wer.collator_for(base), tokenizer,
-        validation, prepared, made, identity, journal, output, state["best"], stop,
+        validation, prepared, made, identity, journal, output, state["best"], stop, total_steps,
     )  # fmt: skip
     say(
         f"{len(train)} clips, {seconds.sum() / 3600:.2f} hours; {total_steps} steps of "
         f"{config.global_batch_size} clips on {accelerator.num_processes} processes "
         f"({engine.name(accelerator)}); {num_trainable:,} trainable parameters; "
-        f"{accelerator.device.type}, {held}, base {config.quantize}"
+        f"{accelerator.device.type}, {config.precision}, base {config.quantize}"
     )
     if config.tune != "lora" and config.learning_rate > FULL_RATE:
         say(f"warning: --learning_rate {config.learning_rate:g} is for LoRA: try 1e-5")
@@ -861,12 +900,15 @@ def train(config: Config, stop: Stop) -> None:
     totals = Totals(torch.zeros((), device=accelerator.device))
     if found:
         checkpoint.restore(Path(found), accelerator, bare, optimizer, state["optimizer_steps"])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and state["scaler"]:  # none, if it was not fp16 before
             accelerator.scaler.load_state_dict(state["scaler"])
+        run.skipped, run.skipped_in_row = state.get("skipped", (0, 0))
         totals.loss += state["loss"] if leader else 0.0
         totals.tokens = state["tokens"]
         say(f"resumed at step {state['step']} from {found}")
-        if not state["evaluated"]:  # stopped by a signal before
+        if state["step"] >= total_steps:
+            save_model(run, "", total_steps)
+        if not state["evaluated"] and evaluation_is_due(run, state["step"]):  # stopped before
             evaluate(run, state["step"])
     elif validation is None:
         say("no validation split: no validation loss, no adapter_best")
@@ -878,7 +920,6 @@ def train(config: Config, stop: Stop) -> None:
     cache = cache_encoder(run, train, held) if config.cache_encoder else None
     cache_seconds = time.perf_counter() - mark
     first_step_seconds = None  # since the process was started
-    skipped = 0
     steps = load_steps(
         config, accelerator, train, run.collate, first=state["step"], total=total_steps, cache=cache
     )
@@ -892,9 +933,6 @@ def train(config: Config, stop: Stop) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         train_step(run, step, collated, totals)
-        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-        if skipped > MAX_SKIPPED_STEPS:
-            raise not_finite(run, step, train, math.inf)
         totals.tokens += step.num_tokens
         totals.clips += len(step.batch.clips)
         totals.audio_seconds += float(seconds[list(step.batch.clips)].sum())
@@ -909,32 +947,35 @@ def train(config: Config, stop: Stop) -> None:
         reason, save_now = agree(stop, time.monotonic() - began)
         save_now = save_now or bool(reason) or last or _due(done, config.save_every)
         if save_now or any(_due(done, every) for every in occasions):
-            norm = check_norms(run, totals, train)  # before anything is kept
+            check_norms(run, totals, train)  # before anything is kept
         if _due(done, config.log_every) or last:
-            loss = accelerator.reduce(totals.loss).item() / totals.tokens
+            record = {"step": done, "epoch": done / steps_per_epoch}
+            loss = accelerator.reduce(totals.loss).item()
+            if totals.tokens:  # none, if all steps were skipped
+                record |= {"loss": loss / totals.tokens, "grad_norm": totals.last_norm}
             speed = totals.clips / totals.seconds
-            journal.bar.set_postfix(loss=f"{loss:.3f}", clips_s=f"{speed:.1f}")
-            log(
-                run.journal,
-                {
-                    "step": done,
-                    "epoch": done / steps_per_epoch,
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "learning_rate": rate,
-                    "clips_per_second": speed,
-                    "audio_seconds_per_second": totals.audio_seconds / totals.seconds,
-                    "data_wait_share": totals.wait_seconds / totals.seconds,
-                },
-            )
+            shown = f"{record.get('loss', math.nan):.3f}"
+            journal.bar.set_postfix(loss=shown, clips_s=f"{speed:.1f}")
+            record |= {
+                "learning_rate": rate,
+                "clips_per_second": speed,
+                "audio_seconds_per_second": totals.audio_seconds / totals.seconds,
+                "data_wait_share": totals.wait_seconds / totals.seconds,
+            }
+            if accelerator.scaler is not None:
+                record["skipped_steps"] = run.skipped
+            log(run.journal, record)
             totals = Totals(torch.zeros_like(totals.loss))
         stopped = bool(reason) and not last
-        if not stopped:
-            evaluate(run, done, last=last)
-        if save_now:
-            save_checkpoint(run, done, totals, evaluated=not stopped)
+        due = evaluation_is_due(run, done)
+        if save_now:  # before the evaluation, which may fail
+            save_checkpoint(run, done, totals, evaluated=not due)
+        if last:
+            save_model(run, "", total_steps)
         if stopped:
             break
+        if due:
+            evaluate(run, done)
         mark = time.perf_counter()
 
     # ------ results
@@ -942,8 +983,6 @@ def train(config: Config, stop: Stop) -> None:
     steps.close()  # ends the processes that read ahead
     if not last:
         say(f"stopped by {reason} after step {done}, saved: the same command goes on from there")
-    else:
-        save_model(run, "", total_steps)
     engine_name = engine.name(accelerator)
     # DDP holds the process group. Freed after it, gloo would wait, with Python's lock held, for a
     # thread of its own that waits for that lock.
@@ -964,6 +1003,7 @@ def train(config: Config, stop: Stop) -> None:
                 "peak_memory_gib": peak_memory_gib(),
                 "processes": accelerator.num_processes,
                 "engine": engine_name,
+                "skipped_steps": run.skipped,
                 "best": run.best,
                 "last": journal.last,
             }

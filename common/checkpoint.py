@@ -150,6 +150,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
+def update(folder: Path, step: int, **state: Any) -> None:
+    """Change a part of the state of a step's checkpoint, where there is one."""
+    file = folder / f"step-{step:08d}" / STATE
+    if file.is_file():
+        write_json(file, json.loads(file.read_text(encoding="utf-8")) | state)
+
+
 def restore(
     checkpoint: Path,
     accelerator: Accelerator,

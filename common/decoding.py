@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch.nn.functional import scaled_dot_product_attention as attend
 from transformers import (
     GenerationConfig,
@@ -30,7 +31,6 @@ PROMPT_LENGTH = 4  # start of transcript, language, task, no timestamps; English
 SHRINK_AT = 0.8  # share of clips still going at which the others leave the batch
 
 
-@torch.inference_mode()
 def decode(
     model: WhisperForConditionalGeneration,
     waves: torch.Tensor,
@@ -41,7 +41,41 @@ def decode(
     caps: Sequence[int],
     num_beams: int = 1,
 ) -> list[list[int]]:
-    """Transcribe a batch: encode once, then decode greedily or with beams.
+    """Transcribe a batch; where it does not fit the GPU's memory, one half after the other.
+
+    The tokens of a clip do not depend on its batch. Arguments and result are those of
+    `decode_at_once`.
+    """
+    options = {"task": task, "num_beams": num_beams}
+    try:
+        return decode_at_once(
+            model, waves, windows=windows, languages=languages, caps=caps, **options
+        )
+    except torch.OutOfMemoryError:
+        if len(caps) == 1:
+            raise
+    clear_device_cache(garbage_collection=True)  # out of the handler, which holds the frames
+    middle, texts = len(caps) // 2, []
+    for half in (slice(middle), slice(middle, None)):
+        own = None if languages is None else languages[half]
+        texts += decode(
+            model, waves[half], windows=windows[half], languages=own, caps=caps[half], **options
+        )
+    return texts
+
+
+@torch.inference_mode()
+def decode_at_once(
+    model: WhisperForConditionalGeneration,
+    waves: torch.Tensor,
+    *,
+    windows: Sequence[int],
+    languages: Sequence[str] | None,
+    task: str,
+    caps: Sequence[int],
+    num_beams: int = 1,
+) -> list[list[int]]:
+    """Encode a batch once, then decode it greedily or with beams.
 
     Args:
         waves: int16 (B, N); what lies after a clip's window is not looked at.
@@ -194,9 +228,9 @@ def _new_cache(layer: WhisperDecoderLayer, encoded: list[torch.Tensor], room: in
         )
         for states in encoded
     ]
-    clips = sum(len(states) for states in encoded)
-    shape = (clips, attention.num_heads, room, attention.head_dim)
-    return LayerCache(encoded[0].new_empty(shape), encoded[0].new_empty(shape), heard)
+    keys, _ = heard[0]  # under autocast of another dtype than the states
+    shape = (sum(map(len, encoded)), attention.num_heads, room, attention.head_dim)
+    return LayerCache(keys.new_empty(shape), keys.new_empty(shape), heard)
 
 
 def _queries(attention: WhisperAttention, hidden: torch.Tensor) -> torch.Tensor:

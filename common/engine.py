@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from common import gpu
 from common.cli import UserError
 
 WEIGHTS = "weights"
@@ -30,15 +31,20 @@ LOST_CONTACT = (
 
 
 def open_accelerator(
-    *, precision: str | None, timeout_minutes: float, output: Path | None = None
+    *, precision: str, timeout_minutes: float, output: Path | None = None
 ) -> Accelerator:
     """The Accelerator of a run, on GPUs or, where there is none, on CPUs over gloo.
 
     Args:
-        precision: "no", "bf16", "fp16"; `None` takes what `accelerate launch` says.
+        precision: "fp32", "bf16" or "fp16", as `common.precision.choose` gives it.
         output: where TensorBoard's records go, if they are wanted.
         timeout_minutes: that a process waits for the others before it gives up.
+
+    Raises:
+        UserError: a GPU that torch cannot use, or processes that chose different precisions.
     """
+    gpu.check()
+    gpu.set_up(precision)
     has_gpu, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for more
@@ -47,7 +53,7 @@ def open_accelerator(
         timeout=timedelta(minutes=timeout_minutes),
     )
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision="no" if precision == "fp32" else precision,
         log_with=None if output is None else "tensorboard",
         project_dir=output,
         cpu=not (has_gpu or _asks("DEEPSPEED")),
@@ -62,7 +68,22 @@ def open_accelerator(
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     # Else transformers would cut weights while it reads them, under ZeRO-3, and cannot for Whisper.
     unset_hf_deepspeed_config()
+    chosen = sorted(set(gather_object([precision])))
+    if len(chosen) > 1:
+        raise UserError(
+            f"--precision auto: the GPUs of this run differ, {' and '.join(chosen)} were chosen: "
+            "give --precision fp16 or fp32"
+        )
     return accelerator
+
+
+def least(accelerator: Accelerator, value: float) -> float:
+    """The least of a number over all processes, which all must call.
+
+    Batches are planned from it: processes that plan from different numbers lose clips or hang.
+    """
+    own = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
+    return accelerator.gather(own).min().item()
 
 
 def say(accelerator: Accelerator, text: str) -> None:
@@ -110,7 +131,7 @@ def check(accelerator: Accelerator, *, quantize: str, precision: str) -> None:
     if engine.startswith("zero") and precision == "fp16":
         raise UserError(
             "--precision fp16: DeepSpeed scales the loss by itself, which a resumed run could not "
-            "repeat: give bf16 or fp32"
+            "repeat: give fp32, or bf16 on GPUs of compute capability 8.0 and newer, or take DDP"
         )
 
 
@@ -127,6 +148,7 @@ def prepare(
             "train_micro_batch_size_per_gpu": 1,  # of samples it never counts
             "gradient_clipping": max_grad_norm,
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is fused on a CPU too
+            "data_types": {"grad_accum_dtype": "fp32"},  # else bf16: small gradients are lost
         }
     return accelerator.prepare(model, optimizer)
 
@@ -169,6 +191,16 @@ def exchange(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None
         parts = flat.split([one.numel() for one in taken])
         for one, part in zip(taken, parts, strict=True):
             one.copy_(part.view_as(one))
+
+
+def clear_gradient(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """Drop the gradient, also one that is accumulated in part.
+
+    Accelerate's `zero_grad` does nothing while `sync_gradients` is False: before a step's last
+    piece.
+    """
+    accelerator.sync_gradients = True
+    optimizer.zero_grad()
 
 
 def share_out(model: torch.nn.Module) -> None:
@@ -305,6 +337,8 @@ def _restore_zero(
     zero, inner = optimizer.optimizer, _torch_optimizer(optimizer)
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
         parts = zero.fp32_partitioned_groups_flat
+    elif hasattr(zero, "fp32_groups_flat_partition"):  # ZeRO-1 in bf16
+        parts = zero.fp32_groups_flat_partition
     else:
         parts = zero.single_partition_of_fp32_groups
     for part in parts:  # AdamW has no state before its first step

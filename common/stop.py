@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import FrameType
 
 import psutil
@@ -56,10 +57,11 @@ class Stop:
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN, group=self.group)
         return bool(told)
 
-    def join(self, accelerator: Accelerator) -> None:
-        """From here on all processes agree."""
+    def join(self, accelerator: Accelerator, timeout_minutes: float) -> None:
+        """From here on all processes agree; each waits so many minutes for the others."""
         if accelerator.num_processes > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
+            timeout = timedelta(minutes=timeout_minutes)
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 @contextmanager

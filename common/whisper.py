@@ -6,13 +6,13 @@ Legend: B batch, M mel bins, F frames (10 ms), C encoder positions (20 ms), D wi
 """
 
 import functools
+import itertools
 import logging
 import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -51,6 +51,17 @@ Quantize = Literal["none", "int8", "nf4"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 ENCODED_SAMPLES = 60 * audio.SAMPLE_RATE  # encoded at once where no graph is kept
 FEATURE_ROOM = 2**33  # between the seeds of two modules' masks
+MASKED_AT_ONCE = 2**23  # values of dropout masks drawn at once, in int64: 64 MiB a temporary
+# What a base's config may ask for in training. These draw by micro-batch, so the loss would depend
+# on how a batch is cut; SpecAugment also masks silence as if it were speech.
+NOTHING_RANDOM = {
+    "apply_spec_augment": False,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+}
 BASE_PROBE_SIZE = 8  # weights kept beside an adapter to know its base again
 BASE_PROBE_TOLERANCE = 0.02  # covers a checkpoint stored in bfloat16
 
@@ -83,7 +94,7 @@ def load_base(
         UserError: `--model` is not there, or is no Whisper with safetensors.
     """
     check_whisper(model)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", **NOTHING_RANDOM}
     if quantize != "none":
         options["quantization_config"] = _quantization(quantize, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
@@ -224,7 +235,7 @@ def return_loss_sum(model: WhisperForConditionalGeneration) -> None:
 
     `clip_seeds` (B), where given, seed the dropout of the adapter's input.
     """
-    model.dropout_seeds = DropoutSeeds()
+    model.dropout_masks = DropoutMasks()
     model.forward = MethodType(_forward, model)
     model.proj_out.forward = MethodType(_project, model.proj_out)
 
@@ -238,7 +249,9 @@ def _forward(
     labels, positions = kwargs.pop("labels"), kwargs.pop("label_positions")
     if "waves" in kwargs:
         kwargs["input_features"] = features(model, kwargs.pop("waves"))
-    model.dropout_seeds.of_clips = kwargs.pop("clip_seeds", None)
+    clip_seeds = kwargs.pop("clip_seeds", None)
+    if clip_seeds is not None and model.training:
+        model.dropout_masks.draw(clip_seeds)
     hidden = model.model(*args, **kwargs, use_cache=False).last_hidden_state  # (B, T, D)
     return model.proj_out(hidden, labels, positions)
 
@@ -258,35 +271,61 @@ def _project(
 # ------ LoRA
 
 
-@dataclass
-class DropoutSeeds:
-    """What the dropout of all adapters of a model is drawn from."""
+class DropoutMasks:
+    """The dropout masks of all adapters of a model, drawn together for each batch.
 
-    of_clips: torch.Tensor | None = None  # (B) of the batch that is computed
+    A mask is a function of the clip's seed, the adapter and the feature alone: it is the same
+    whatever batch, process or attempt the clip is computed in. Drawn one by one they would be 26
+    kernels an adapter, 5,000 of the 12,700 that a step of large-v2 launches.
+    """
+
+    def __init__(self) -> None:
+        self.dropouts: list[FeatureDropout] = []
+        self.numbers: dict[int, torch.Tensor] = {}  # of the adapters of each width
+
+    def add(self, p: float, width: int) -> "FeatureDropout":
+        """The dropout of one more adapter, on an input of `width` features."""
+        self.dropouts.append(FeatureDropout(p, width))
+        return self.dropouts[-1]
+
+    def draw(self, clip_seeds: torch.Tensor) -> None:
+        """Give each dropout its mask for a batch of clips with seeds (B)."""
+        device = clip_seeds.device
+        for width in {one.width for one in self.dropouts}:
+            same = [i for i, one in enumerate(self.dropouts) if one.width == width]
+            if width not in self.numbers or self.numbers[width].device != device:
+                self.numbers[width] = torch.tensor(same, device=device)
+            size = max(1, MASKED_AT_ONCE // (len(clip_seeds) * width))
+            numbers = self.numbers[width].split(size)
+            masks = (self._masks(part, clip_seeds, width) for part in numbers)
+            for i, mask in zip(same, itertools.chain.from_iterable(masks), strict=True):
+                self.dropouts[i].mask = mask
+
+    def _masks(self, numbers: torch.Tensor, clip_seeds: torch.Tensor, width: int) -> torch.Tensor:
+        """Masks (adapters, B, 1, D), float32, of adapters of one width."""
+        p = self.dropouts[0].p
+        seeds = clip_seeds + numbers[:, None] * FEATURE_ROOM  # (adapters, B)
+        features = torch.arange(width, device=clip_seeds.device)  # (D)
+        kept = _hash(_hash(seeds)[:, :, None, None] + features) >= p * 2**32
+        return kept / (1 - p)
 
 
 class FeatureDropout(torch.nn.Module):
     """Dropout that draws one mask a clip and input feature, the same at all of its positions.
 
-    The mask is a function of the clip's seed, the module and the feature alone: it is the same
-    whatever batch, process or attempt the clip is computed in. And Whisper's windows have hundreds
-    of positions: on a CPU a random number for each of them costs a tenth of a training step.
+    Whisper's windows have hundreds of positions: on a CPU a random number for each of them costs a
+    tenth of a training step.
     """
 
-    def __init__(self, p: float, number: int, seeds: DropoutSeeds) -> None:
+    def __init__(self, p: float, width: int) -> None:
         super().__init__()
         self.p = p
-        self.number = number  # of the module, so that no two draw the same
-        self.seeds = seeds
+        self.width = width  # D
+        self.mask: torch.Tensor | None = None  # (B, 1, D), float32: 0 or 1 / (1 - p)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x (B, T, D)."""
-        if not self.training or not self.p:
-            return x
-        features = torch.arange(x.shape[-1], device=x.device)  # (D)
-        seeds = self.seeds.of_clips[:, None] + self.number * FEATURE_ROOM
-        kept = _hash(_hash(seeds) + features) >= self.p * 2**32  # (B, D)
-        return x * (kept[:, None] / (1 - self.p)).to(x.dtype)
+        return x * self.mask.to(x.dtype) if self.training else x
 
 
 def _hash(x: torch.Tensor) -> torch.Tensor:
@@ -324,8 +363,8 @@ def add_lora(
     )
     model = get_peft_model(base, config)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for number, layer in enumerate(layers if dropout else ()):
-        layer.lora_dropout["default"] = FeatureDropout(dropout, number, base.dropout_seeds)
+    for layer in layers if dropout else ():
+        layer.lora_dropout["default"] = base.dropout_masks.add(dropout, layer.in_features)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

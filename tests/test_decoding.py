@@ -77,3 +77,33 @@ def test_clips_of_different_windows_give_the_tokens_that_each_gives_alone(ending
     assert len({len(tokens) for tokens in together}) > 3, "the clips end together"
     whole = decode(ending, inputs, caps=caps, num_beams=num_beams)
     assert whole != together, "the windows change nothing"
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_batch_that_does_not_fit_is_decoded_in_halves_with_the_same_tokens(
+    ending, monkeypatch, num_beams
+):
+    inputs, caps = waves(5), [30 - i for i in range(5)]
+    options = {"caps": caps, "languages": ["mr", "hi", "mr", "hi", "mr"], "num_beams": num_beams}
+    options["windows"] = [300, 128, 200, 128, 300]
+    whole = decode(ending, inputs, **options)
+    stock, sizes = decoding.decode_at_once, []
+
+    def only_two_fit(model, part, **given):
+        sizes.append(len(part))
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return stock(model, part, **given)
+
+    monkeypatch.setattr(decoding, "decode_at_once", only_two_fit)
+    assert decode(ending, inputs, **options) == whole
+    assert sizes == [5, 2, 3, 1, 2]
+
+
+def test_keys_and_values_are_held_in_the_precision_that_autocast_computes_in(base):
+    states = torch.randn(2, 50, base.config.d_model)
+    layer = base.model.decoder.layers[0]
+    for precision in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            cache = decoding._new_cache(layer, [states], 8)
+        assert {cache.keys.dtype, cache.values.dtype, cache.heard[0][0].dtype} == {precision}

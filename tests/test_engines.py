@@ -90,7 +90,10 @@ def test_full_fine_tuning_under_any_engine_is_that_of_one_process(options, one_f
     assert_same(one_full, run_two(options, config, **FULL), "model", 1e-4)
 
 
-@pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+HALF = ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
+
+
+@pytest.mark.parametrize("config", HALF)
 def test_half_precision_is_close_to_single_and_not_the_same(options, one_full, config):
     own = run_two(options, config, **FULL, precision="bf16", eval_every=100)
     expected, got = records(one_full, "loss"), records(own, "loss")

@@ -13,6 +13,11 @@
 | read-only output | nothing is begun | one line |
 | a machine that never comes | nothing is begun | 1/2 clients joined, by the launcher |
 | out of memory in one micro-batch | everything | pieces are cut in N from here on |
+| out of memory while decoding (test_decoding.py) | everything | nothing |
+| an evaluation that fails (test_train.py) | a checkpoint of that very step | the error |
+| an overflow in fp16 (test_fp16.py) | everything | skipped_steps in the log line |
+| a GPU that torch cannot use (test_precision.py) | nothing is begun | one line |
+| different free memory (test_uneven_memory.py) | everything | nothing |
 | a clock that jumps | everything (test_stop.py) | nothing |
 """
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import launch
 import pytest
@@ -97,6 +98,18 @@ def test_a_second_signal_after_a_while_kills_the_process(tmp_path):
     )
     process = launch.start([launch.sys.executable, "-c", script])
     assert process.wait(15) == -signal.SIGTERM
+
+
+def test_the_processes_wait_for_each_others_flags_as_long_as_asked(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+    try:
+        with listen(max_minutes=0, save_every_minutes=0) as stop:
+            stop.join(SimpleNamespace(num_processes=2), timeout_minutes=0.25)
+        backend = stop.group._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == 15
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_handlers_are_those_of_before_after_the_run():

@@ -51,6 +51,27 @@ def finished(options):
 # ------ loss
 
 
+def test_what_a_base_draws_by_itself_is_off_so_the_loss_is_that_of_any_accumulation(
+    options, checkpoint, tmp_path
+):
+    """SpecAugment, dropout and layer drop, where a base's config asks for them."""
+    restless = shutil.copytree(checkpoint, tmp_path / "restless")
+    config = json.loads((restless / "config.json").read_text(encoding="utf-8"))
+    config |= {"apply_spec_augment": True, "mask_time_prob": 0.3, "dropout": 0.1}
+    config |= {"attention_dropout": 0.1, "activation_dropout": 0.1, "encoder_layerdrop": 0.5}
+    (restless / "config.json").write_text(json.dumps(config | {"decoder_layerdrop": 0.5}))
+    runs = []
+    for seconds in (1000.0, 1.0):
+        own = options | {"model": str(restless), "max_batch_seconds": seconds, "max_steps": 3}
+        own |= {"output_dir": str(tmp_path / f"in_{seconds}"), "eval_every": 100}
+        train(own)
+        runs.append(records(own, "loss"))
+    train(options | {"max_steps": 3, "eval_every": 100})
+    runs.append(records(options, "loss"))  # of a base that draws nothing
+    assert np.allclose(list(runs[0].values()), list(runs[1].values()), rtol=1e-5), runs
+    assert np.allclose(list(runs[0].values()), list(runs[2].values()), rtol=1e-5), runs
+
+
 def test_the_loss_is_the_same_for_every_accumulation(options, tmp_path):
     runs = []
     for clips in (4, 2, 1):
@@ -105,10 +126,10 @@ def test_one_batch_can_be_learnt_by_heart(options, checkpoint, tmp_path):
             "data_dir": str(data),
             "max_steps": 100,
             "global_batch_size": 3,
-            "learning_rate": 3e-2,
+            "learning_rate": 1e-2,
             "lora_targets": "q_proj,k_proj,v_proj,out_proj,fc1,fc2",
-            "lora_rank": 16,
-            "lora_alpha": 16,
+            "lora_rank": 32,
+            "lora_alpha": 32,
             "lora_dropout": 0.0,
             "save_every": 1000,
         }
@@ -261,24 +282,31 @@ def test_memory_that_runs_out_halves_the_pieces_and_not_the_loss(
     assert np.allclose(list(expected.values()), list(got.values()), rtol=1e-5)
 
 
-def test_a_step_that_starts_again_draws_the_same_dropout(options, monkeypatch, tmp_path):
-    stock, runs = train_lora.token_loss_sum, []
-    for computed in (False, True):  # before memory ran out
-        failures = iter([True])
+def test_a_step_that_starts_again_has_the_gradient_of_one_that_does_not(
+    options, monkeypatch, tmp_path
+):
+    """Memory runs out in the first, second or last of four pieces, before or after its graph."""
+    stock = train_lora.token_loss_sum
+    pieces = {"context": "full", "max_batch_seconds": 60.0, "global_batch_size": 7}
+    plain = options | pieces | {"lora_dropout": 0.5, "max_steps": 2, "eval_every": 100}
+    train(plain)
+    for failing, computed in [(0, True), (1, True), (3, True), (3, False)]:
+        calls = itertools.count()
 
-        def fails_once(model, inputs, computed=computed, failures=failures):
-            if model.training and next(failures, False):
+        def fails_once(model, inputs, failing=failing, computed=computed, calls=calls):
+            if model.training and next(calls) == failing:
                 if computed:
                     stock(model, inputs)
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return stock(model, inputs)
 
         monkeypatch.setattr(train_lora, "token_loss_sum", fails_once)
-        again = options | {"output_dir": str(tmp_path / str(computed)), "lora_dropout": 0.5}
-        again |= {"max_batch_seconds": 1000.0, "global_batch_size": 7}
+        again = plain | {"output_dir": str(tmp_path / f"{failing}_{computed}")}
         train(again)
-        runs.append(records(again, "grad_norm"))
-    assert runs[0] == runs[1]
+        assert next(calls) == failing + 1 + 2 * 7, "two steps of a clip a piece"
+        for key in ("grad_norm", "loss"):
+            expected, got = records(plain, key), records(again, key)
+            assert np.allclose(list(expected.values()), list(got.values()), rtol=1e-5), (key, got)
 
 
 def test_memory_that_cannot_hold_one_clip_is_a_user_error(options, monkeypatch):
@@ -343,6 +371,54 @@ def test_a_killed_run_ends_with_the_same_losses_and_the_same_adapter(options, tm
     for name in ("adapter", "adapter_best"):
         expected, got = adapter(whole, name), adapter(cut, name)
         assert all(torch.equal(expected[key], got[key]) for key in expected), name
+
+
+def test_a_checkpoint_is_there_before_an_evaluation_that_fails_and_a_resume_makes_up_for_it(
+    options, monkeypatch, tmp_path
+):
+    whole = options | {"wer_every": 2, "output_dir": str(tmp_path / "whole")}
+    train(whole)
+    stock = train_lora.evaluate_wer
+
+    def fails(run, step):
+        assert step != failing, "evaluated too early"
+        stock(run, step)
+
+    monkeypatch.setattr(train_lora, "evaluate_wer", fails)
+    for failing in (2, 6):
+        with pytest.raises(AssertionError, match="evaluated too early"):
+            train(options | {"wer_every": 2})
+        folder = launch.Path(options["output_dir"], "checkpoints", f"step-{failing:08d}")
+        assert not checkpoint_files.read_state(folder)["evaluated"]
+    assert set(adapter(options)) == set(adapter(whole)), "the trained adapter is kept"
+    monkeypatch.setattr(train_lora, "evaluate_wer", stock)
+    train(options | {"wer_every": 2})
+    assert checkpoint_files.read_state(folder)["evaluated"]
+    for key in ("loss", "eval_loss", "wer_raw"):
+        assert records(options, key) == records(whole, key)
+    assert read_json(options, "train.json")["best"] == read_json(whole, "train.json")["best"]
+
+
+def test_validation_clips_are_decoded_in_batches_that_fit_the_free_memory_in_the_runs_precision(
+    options, monkeypatch
+):
+    """Planned as eval_wer.py does, whatever seconds are trained on at once."""
+    stock, planned, autocast = train_lora.eval_wer.transcribe, [], []
+
+    def transcribe(model, tokenizer, dataset, batches, **given):
+        planned.append(len(batches))
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return stock(model, tokenizer, dataset, batches, **given)
+
+    monkeypatch.setattr(train_lora.eval_wer, "transcribe", transcribe)
+    full = {"tune": "full", "learning_rate": 1e-4, "precision": "bf16", "max_batch_seconds": 1e4}
+    counts = []
+    for free_gib in (100.0, 1e-3):
+        monkeypatch.setattr(train_lora.eval_wer, "device_memory_gib", lambda *_, gib=free_gib: gib)
+        train(options | full | {"max_steps": 1, "resume": "never"})
+        counts.append(planned[-1])
+    assert counts[0] == 1 and counts[1] > 1, counts
+    assert all(autocast), "weights held in float32 are decoded in bf16, too"
 
 
 def test_a_resumed_run_takes_up_losses_since_the_last_log_line(options, tmp_path):

@@ -81,9 +81,16 @@ def test_a_frozen_encoder_keeps_no_graph(base):
     assert model(input_features=features(1), decoder_input_ids=tokens).logits.requires_grad
 
 
+def drawn(p, widths, seeds):
+    """The dropouts of adapters of these widths, with their masks for clips of these seeds."""
+    masks = whisper.DropoutMasks()
+    dropouts = [masks.add(p, width) for width in widths]
+    masks.draw(torch.tensor(seeds))
+    return dropouts
+
+
 def test_feature_dropout_drops_whole_features_of_a_clip_and_keeps_the_mean():
-    seeds = whisper.DropoutSeeds(torch.arange(200) * 17)
-    dropout = whisper.FeatureDropout(0.25, 3, seeds)
+    (dropout,) = drawn(0.25, [64], [17 * clip for clip in range(200)])
     dropped = dropout(torch.ones(200, 7, 64))
     assert (dropped == dropped[:, :1]).all()
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
@@ -93,15 +100,33 @@ def test_feature_dropout_drops_whole_features_of_a_clip_and_keeps_the_mean():
 
 
 def test_a_clips_dropout_is_its_own_in_any_batch_and_differs_between_clips_and_modules():
-    seeds = whisper.DropoutSeeds(torch.tensor([5, 6, 2**32 - 1]))
-    first, second = (whisper.FeatureDropout(0.5, number, seeds) for number in (0, 1))
-    ones = torch.ones(3, 2, 1000)
-    masks, others = first(ones), second(ones)
-    seeds.of_clips = seeds.of_clips[2:]
-    assert torch.equal(first(ones[:1]), masks[2:])
+    seeds, ones = [5, 6, 2**32 - 1], torch.ones(3, 2, 1000)
+    masks, others = (dropout(ones) for dropout in drawn(0.5, [1000, 1000], seeds))
+    (alone, _) = drawn(0.5, [1000, 1000], seeds[2:])
+    assert torch.equal(alone(ones[:1]), masks[2:])
     pairs = [(masks[0], masks[1]), (masks[1], masks[2]), (masks[0], others[0])]
     for one, other in pairs:
         assert 0.4 < (one == other).float().mean() < 0.6
+
+
+def test_masks_drawn_together_are_those_drawn_one_by_one(monkeypatch):
+    """However many adapters are drawn at once, and whatever their widths."""
+
+    def mask(number, width, seeds):  # Mulligan's hash, adapter by adapter in plain integers
+        def scatter(x):
+            for _ in range(2):
+                x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+            return (x >> 16) ^ x
+
+        rows = [scatter(seed + number * whisper.FEATURE_ROOM) for seed in seeds]
+        kept = [[scatter(row + at) >= 0.05 * 2**32 for at in range(width)] for row in rows]
+        return torch.tensor(kept) / 0.95
+
+    widths, seeds = [8, 32, 8, 8, 32], [3, 2**32 - 1]
+    for at_once in (1, 40, 2**23):
+        monkeypatch.setattr(whisper, "MASKED_AT_ONCE", at_once)
+        for number, dropout in enumerate(drawn(0.05, widths, seeds)):
+            assert torch.equal(dropout.mask[:, 0], mask(number, widths[number], seeds))
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
