@@ -354,6 +354,7 @@ def add_lora(
     if getattr(base, "quantization_method", None) is not None:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         _keep_trainable_on_cpu(base)
+        _cast_normalised(base)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -458,6 +459,25 @@ def _keep_trainable_on_cpu(base: WhisperForConditionalGeneration) -> None:
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _cast_normalised(base: WhisperForConditionalGeneration) -> None:
+    """Under autocast, give quantised layers their input in autocast's dtype.
+
+    Autocast's LayerNorm returns float32, which other linear layers cast. Those of bitsandbytes
+    return what they compute in the dtype they are given; the 8-bit one keeps its input for the
+    backward pass, too, and multiplies there in that dtype. What a LayerNorm returns is cast once,
+    not by each layer that reads it: the encoder's output is read by 2 layers of each decoder layer,
+    which would keep a copy each. The decoder's last one stays: the loss is computed in float32.
+    """
+
+    def cast(module: torch.nn.Module, given: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        kind = out.device.type
+        return out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
+
+    for module in base.modules():
+        if isinstance(module, torch.nn.LayerNorm) and module is not base.model.decoder.layer_norm:
+            module.register_forward_hook(cast)
 
 
 def base_probe(model: WhisperForConditionalGeneration) -> list[float]:

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+collect_ignore = ["simulated_cuda/run.py"]  # a program, which must come before torch
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402

@@ -145,6 +145,28 @@ def test_a_quantised_base_trains_its_adapter_in_float32(checkpoint, quantize):
     )
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_quantised_layers_compute_in_the_dtype_of_autocast(checkpoint, quantize):
+    """They keep and multiply what they are given; autocast's LayerNorm would give float32."""
+    base = whisper.load_base(str(checkpoint), dtype=torch.float32, quantize=quantize)
+    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0)
+    given = {}
+
+    def note(name):
+        return lambda module, inputs, out: given.update({name: (inputs[0].dtype, out.dtype)})
+
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit") and not hasattr(module, "r"):
+            module.register_forward_hook(note(name))
+    tokens = torch.tensor([[257, 300, 5, 9]])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_features=features(1), decoder_input_ids=tokens)
+    assert len(given) == 2 * 6 + 2 * 10
+    assert set(given.values()) == {(torch.bfloat16, torch.bfloat16)}
+    model(input_features=features(1), decoder_input_ids=tokens)
+    assert set(given.values()) == {(torch.float32, torch.float32)}, "as is without autocast"
+
+
 def test_a_model_that_is_not_there_is_a_user_error_naming_the_option(tmp_path):
     with pytest.raises(cli.UserError, match=r"--model nobody/nothing: .*spelling"):
         whisper.load_base("nobody/nothing", dtype=torch.float32)
