@@ -42,12 +42,14 @@ from common.files import write_json
 from common.journal import Journal, log, log_text, open_journal
 from common.memory import (
     MemoryPlan,
-    Weights,
+    count_weights,
     device_memory_gib,
+    held_gib,
     peak_memory_gib,
     plan_memory,
     predict_gib,
 )
+from common.memory import Step as MemoryStep
 from common.precision import DTYPES, Precision
 from common.progress import track
 from common.recipe import recipe
@@ -530,30 +532,25 @@ def fit_memory(config: Config, accelerator: Accelerator, model: torch.nn.Module)
     Where engines share weights or moments out, each process is counted as if it held all.
     """
     device = accelerator.device
-    sizes = [(one.numel(), one.element_size(), one.requires_grad) for one in model.parameters()]
-    weights = Weights(
-        base=sum(numel * size for numel, size, trained in sizes if not trained),
-        trainable=sum(numel for numel, _, trained in sizes if trained),
+    step = MemoryStep(
+        device=device.type,
+        bytes_per_value=4 if accelerator.mixed_precision == "no" else 2,
+        tune=config.tune,
+        lora_targets=tuple(config.lora_targets.split(",")),
+        lora_scope=config.lora_scope,
+        quantize=config.quantize,
+        checkpointing=config.gradient_checkpointing,
+        encoder_cached=config.cache_encoder,
     )
-    options = {
-        "bytes_per_value": 4 if accelerator.mixed_precision == "no" else 2,
-        "device": device.type,
-        "encoder_cached": config.cache_encoder,
-        "full": config.tune != "lora",
-    }
+    weights = count_weights(model, in_buckets=engine.name(accelerator) == "ddp")
     if config.max_batch_seconds:
-        predicted = predict_gib(
-            model.config, weights, seconds=config.max_batch_seconds,
-            checkpointing=config.gradient_checkpointing, **options,
-        )  # fmt: skip
+        predicted = predict_gib(model.config, weights, step, seconds=config.max_batch_seconds)
         return MemoryPlan(config.max_batch_seconds, config.gradient_checkpointing, predicted)
-    free_gib = engine.least(accelerator, device_memory_gib(device, accelerator.num_processes))
-    memory_gib = config.memory_gib or free_gib
+    memory_gib = config.memory_gib or engine.least(
+        accelerator, held_gib(device) + device_memory_gib(device, accelerator.num_processes)
+    )
     try:
-        return plan_memory(
-            model.config, weights, memory_gib=memory_gib,
-            checkpointing=config.gradient_checkpointing, **options,
-        )  # fmt: skip
+        return plan_memory(model.config, weights, step, memory_gib=memory_gib)
     except ValueError as error:
         raise cli.UserError(
             f"--memory_gib {memory_gib:.1f}: {error}: take a smaller --model, --quantize nf4, or a "

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common import gpu
 from common.cli import UserError
+from common.memory import prefer_expandable_segments
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for every trained parameter
@@ -43,6 +44,7 @@ def open_accelerator(
     Raises:
         UserError: a GPU that torch cannot use, or processes that chose different precisions.
     """
+    prefer_expandable_segments()
     gpu.check()
     gpu.set_up(precision)
     has_gpu, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1

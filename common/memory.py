@@ -1,53 +1,148 @@
 """Memory of a training step and of a decoded batch: measured at its peak, by formula before.
 
-Legend: E, D layers of encoder and decoder, C encoder positions, S label tokens, w width.
+The formula counts what torch keeps from the forward pass for the backward one. It was derived by
+reading and checked on a CPU (tests/test_memory.py) and on a simulated GPU
+(`python -m benchmarks.simulated_memory`).
+
+Legend: C encoder positions, T label tokens, D width, V vocabulary.
 """
 
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import psutil
 import torch
 from transformers import WhisperConfig
 
+from common import audio
 from common.batching import FULL_CONTEXT, POSITIONS_PER_SECOND
 from common.loss import ROWS_ON_CPU, ROWS_ON_GPU
+from common.whisper import ENCODED_SAMPLES
 
-USED_SHARE = 0.9  # of the device's free memory; the rest is for fragmentation
+USED_SHARE = 0.9  # of the device's free memory; the rest is for what is not torch's: see README
 CPU_SECONDS = 30.0  # on a CPU larger micro-batches are slower: they leave the caches
 CPU_CACHED_SECONDS = 240.0  # without an encoder to run they are not
 GPU_SECONDS = 480.0  # above it a GPU gains nothing
 CAP_MARGIN = 1.25  # of a clip's cap over the tokens that its duration can hold
 TOKENS_PER_SECOND = 24  # of labels, at most: Devanagari, read fast
 LIBRARIES_GIB = 0.55  # Python, torch, transformers and their like in a process on a CPU
-# What an allocator takes over what lives. CPU: glibc's, measured over 1 to 8 clips and two widths.
-# GPU: torch's caching one, an estimate.
-ALLOCATOR = {"cpu": 1.585, "cuda": 1.15}
-# Tensors of width w that a LoRA step keeps for its backward pass, with q_proj and v_proj adapted:
-# counted with torch's hooks for saved tensors.
-# Layer of the encoder, a position: both normalisations' inputs, two inputs of the adapters, query,
-# key, value, the attention's output, and four for the feed-forward layer.
-KEPT_ENCODER = 12
-KEPT_CROSS = 3  # layer of the decoder, an encoder position: key, value, the adapter's input
-KEPT_DECODER = 16  # layer of the decoder, a token
-# The same where all weights are trained: one input for query, key and value together, and the
-# feed-forward layer's inputs as well. Counted by reading, not measured.
-KEPT_ENCODER_FULL, KEPT_CROSS_FULL, KEPT_DECODER_FULL = 16, 2, 20
+# What an allocator takes over what lives.
+# CPU: glibc's, measured over 1 to 8 clips and two widths.
+# CUDA: torch's rounds to 512 bytes, and blocks above 1 MiB to 2 MiB, nothing for tensors of this
+# size; what is left is blocks that were freed and fit nothing. With expandable segments, which
+# `prefer_expandable_segments` asks for, neighbours join. 5 % is an allowance, never measured.
+ALLOCATOR = {"cpu": 1.585, "cuda": 1.05}
+CPU_PASSING = 24  # values / D a position that pass on a CPU, measured with the factor above
+ADAMW_BYTES = 16  # a trained parameter: float32 weight, gradient and AdamW's two moments
+FLOAT = 4  # bytes of float32
+SHORTEST_WINDOW = 2.56  # seconds, of a clip of one second with what follows the speech
 DECODE_SECONDS = 960.0  # of window decoded at once; above it nothing is gained
-DECODE_SHARE = 0.5  # of the free memory, for keys and values; the rest is for what passes
-PASSING = 24  # tensors of width w that one layer's backward pass holds at once, a position
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes that do not depend on the batch."""
+    """What is held whatever the batch."""
 
-    base: int  # as held: quantised, half or single precision
+    base: int  # bytes of what is not trained, as held: quantised, half or single precision
     trainable: int  # parameters, not bytes; float32 with gradient and AdamW's two moments
+    in_buckets: bool = False  # DDP holds the gradients a second time, to exchange them
 
     @property
     def bytes(self) -> int:
-        return self.base + 16 * self.trainable
+        per_parameter = ADAMW_BYTES + FLOAT * self.in_buckets
+        return self.base + per_parameter * self.trainable
+
+
+def count_weights(model: torch.nn.Module, *, in_buckets: bool = False) -> Weights:
+    """The weights of a model, and the scales of those in 4 bits, which are no parameters."""
+    base, trainable = 0, 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+            continue
+        base += parameter.numel() * parameter.element_size()
+        scales = getattr(parameter, "quant_state", None)
+        if scales is not None:
+            base += scales.absmax.numel() * scales.absmax.element_size()
+    return Weights(base, trainable, in_buckets)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step computes, as far as its memory depends on it."""
+
+    device: str  # "cpu" or "cuda"
+    bytes_per_value: int  # of a product: 4 in float32, 2 in half precision
+    tune: str = "lora"  # as --tune, and so on
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    lora_scope: str = "all"
+    quantize: str = "none"
+    checkpointing: bool = False  # each layer keeps its input only and is computed again
+    encoder_cached: bool = False  # the encoder does not run
+
+    def layers_with_graph(self, config: WhisperConfig) -> int:
+        """Layers of the encoder that a gradient passes."""
+        if self.encoder_cached or self.tune == "encoder_frozen":
+            return 0
+        if self.tune == "full" or self.lora_scope == "all":
+            return config.encoder_layers
+        return 0 if self.lora_scope == "decoder" else int(self.lora_scope.removeprefix("top_"))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one layer keeps for its backward pass, divided by D."""
+
+    encoder: float  # a position
+    cross: float  # layer of the decoder, a position of the encoder
+    decoder: float  # a token
+
+
+def kept_by_layer(config: WhisperConfig, step: Step) -> Kept:
+    """Count what one layer keeps.
+
+    A LayerNorm keeps its input in float32, under autocast too. Attention keeps query, key, value
+    and result, GELU its input. A linear layer keeps its input where its weight is trained, an
+    adapter always, a copy of its own behind its dropout. bitsandbytes' 8-bit product keeps its
+    input though nothing of it is trained; the 4-bit one does not. Under autocast each linear layer
+    casts, and keeps, what a LayerNorm returns for itself; in float32 they share it, and before
+    8-bit layers it is cast once (`whisper.add_lora`).
+    """
+    value, wide = step.bytes_per_value, config.encoder_ffn_dim / config.d_model
+    adapted = step.lora_targets if step.tune == "lora" else ()
+    keeps_inputs = step.tune != "lora" or step.quantize == "int8"
+    shared = value == FLOAT or step.quantize != "none"
+
+    def inputs(of_norm: tuple[str, ...], **others: float) -> float:
+        """Values / D kept as inputs of layers that read one LayerNorm, and of others."""
+        sizes = dict.fromkeys(of_norm, 1.0) | others
+        kept = sum(size for name, size in sizes.items() if name in adapted)
+        if keeps_inputs:
+            kept += (1 if shared else len(of_norm)) + sum(others.values())
+        return kept
+
+    own = inputs(("q_proj", "k_proj", "v_proj"), out_proj=1.0)
+    other = inputs(("q_proj",), out_proj=1.0)
+    feed_forward = inputs(("fc1",), fc2=wide)
+    states = inputs(("k_proj", "v_proj")) - (keeps_inputs and shared)  # all layers share them
+    return Kept(
+        encoder=2 * FLOAT + value * (4 + wide + own + feed_forward),
+        cross=value * (2 + states),
+        decoder=3 * FLOAT + value * (4 + 2 + wide + own + other + feed_forward),
+    )
+
+
+def prefer_expandable_segments() -> None:
+    """Let torch's CUDA allocator grow its segments, unless the user has set it up otherwise.
+
+    Batches of other shapes, a validation between steps and decoding free blocks that fit nothing
+    else; in segments that grow, neighbours join. torch reads the variable at its first allocation
+    on a GPU. Of its two names all versions read the first; 2.13 reads the second where the first is
+    not set.
+    """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def peak_memory_gib() -> float:
@@ -57,10 +152,21 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def device_memory_gib(device: torch.device, num_processes: int) -> float:
-    """GiB that a process may use: of its free GPU memory, or its share of the machine's."""
+def held_gib(device: torch.device) -> float:
+    """GiB that this process holds now: tensors on a GPU, or resident memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] * USED_SHARE / 2**30
+        return torch.cuda.memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def device_memory_gib(device: torch.device, num_processes: int) -> float:
+    """GiB that this process may take besides what it holds: of its GPU, or its share of a machine.
+
+    What torch's allocator has freed but kept is free for this process alone.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) * USED_SHARE / 2**30
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return pages * USED_SHARE / 2**30 / num_processes
 
@@ -68,41 +174,57 @@ def device_memory_gib(device: torch.device, num_processes: int) -> float:
 def predict_gib(
     config: WhisperConfig,
     weights: Weights,
+    step: Step,
     *,
     seconds: float,
-    bytes_per_value: int,
-    device: str,
-    checkpointing: bool = False,
-    encoder_cached: bool = False,
-    full: bool = False,
     tokens_per_second: float = TOKENS_PER_SECOND,
 ) -> float:
     """Peak GiB of a training step over `seconds` of window in one micro-batch.
 
+    The peak is in the encoder's last layer, at the loss, or in the backward pass of the encoder's
+    last layer, whichever is highest.
+
     Args:
-        bytes_per_value: of activations, 4 in float32 and 2 in half precision.
-        device: "cpu" or "cuda".
-        checkpointing: each layer keeps its input only and is computed again.
-        encoder_cached: the encoder does not run.
-        full: all weights are trained, not an adapter.
         tokens_per_second: of labels.
     """
     positions = seconds * POSITIONS_PER_SECOND
     tokens = seconds * tokens_per_second
-    width, dec = config.d_model, config.decoder_layers
-    enc = 0 if encoder_cached else config.encoder_layers
-    of_encoder, of_cross, of_decoder = KEPT_ENCODER, KEPT_CROSS, KEPT_DECODER
-    if full:
-        of_encoder, of_cross, of_decoder = KEPT_ENCODER_FULL, KEPT_CROSS_FULL, KEPT_DECODER_FULL
-    if checkpointing:
-        kept = enc * positions + dec * tokens + (of_encoder + of_cross) * positions
-    else:
-        kept = (enc * of_encoder + dec * of_cross) * positions + dec * of_decoder * tokens
-    activations = (kept + PASSING * positions) * width * bytes_per_value * ALLOCATOR[device]
-    rows = min(ROWS_ON_CPU if device == "cpu" else ROWS_ON_GPU, tokens)
-    logits = 2 * rows * config.vocab_size * 4
-    libraries = LIBRARIES_GIB if device == "cpu" else 0.0
-    return (weights.bytes + activations + logits) / 2**30 + libraries
+    width, value, kept = config.d_model, step.bytes_per_value, kept_by_layer(config, step)
+    wide, layers = config.encoder_ffn_dim / width, step.layers_with_graph(config)
+    half_stream = value < FLOAT and step.tune == "lora" and step.quantize == "none"
+    stream = 2 if half_stream else FLOAT  # between layers; embeddings in float32 make it that
+
+    # An encoder layer's own: the stream, and input and result of GELU or their gradients.
+    passing = 2 * stream + 2 * value * wide
+    if step.quantize == "int8":
+        passing += 6 * wide  # the product as int32, and again as float16
+    if "fc2" in step.lora_targets and step.tune == "lora" and step.quantize == "none":
+        passing += 2 * FLOAT * wide  # PEFT casts an adapter's input to float32, dropout copies it
+    states = FLOAT + FLOAT  # the encoder's last LayerNorm: input and result
+    encoder = layers * (stream if step.checkpointing else kept.encoder)
+    decoder = config.decoder_layers * (
+        stream * tokens if step.checkpointing else kept.cross * positions + kept.decoder * tokens
+    )
+    again = kept.encoder if step.checkpointing and layers else 0.0
+    if step.encoder_cached:
+        passing, states = 0.0, value
+    rows = min(ROWS_ON_CPU if step.device == "cpu" else ROWS_ON_GPU, tokens)
+    weight = width * config.vocab_size  # of the projection to the vocabulary, in numbers
+    logits = rows * config.vocab_size * (FLOAT if stream == FLOAT else FLOAT + 2)
+    if step.tune != "lora":  # the gradient of the projection, and its product with the loss scale
+        logits = FLOAT * weight + max(logits, FLOAT * weight)
+    activations = max(
+        positions * width * (encoder + again + max(passing, states)),
+        positions * width * (encoder + states) + width * decoder + logits,
+    )
+    if step.device == "cpu":  # what one place frees the next does not take
+        passing = CPU_PASSING * value
+        activations = positions * width * (encoder + again + passing) + width * decoder + logits
+    copies = weights.trainable if step.tune == "lora" else weights.trainable - weight
+    cast = value * copies if value < FLOAT else 0  # autocast's, of float32 weights
+    libraries = LIBRARIES_GIB if step.device == "cpu" else 0.0
+    transient = (activations + cast) * ALLOCATOR[step.device]
+    return (weights.bytes + transient) / 2**30 + libraries
 
 
 @dataclass(frozen=True)
@@ -115,47 +237,78 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: WhisperConfig,
-    weights: Weights,
-    *,
-    memory_gib: float,
-    bytes_per_value: int,
-    device: str,
-    checkpointing: bool = False,
-    encoder_cached: bool = False,
-    full: bool = False,
+    config: WhisperConfig, weights: Weights, step: Step, *, memory_gib: float
 ) -> MemoryPlan:
     """The largest useful micro-batch whose predicted peak stays within `memory_gib`.
 
     Whole windows of 30 seconds are counted, halving from what the kind of device gains from;
     gradient checkpointing is a last resort, for devices that hold not even one clip without it.
 
+    Args:
+        memory_gib: that the process may hold, weights included.
+
     Raises:
         ValueError: not even that fits.
     """
     one_clip = FULL_CONTEXT / POSITIONS_PER_SECOND
-    for checkpointed in sorted({checkpointing, True}):
+    for checkpointed in sorted({step.checkpointing, True}):
         seconds = GPU_SECONDS
-        if device == "cpu":
-            seconds = CPU_CACHED_SECONDS if encoder_cached else CPU_SECONDS
+        if step.device == "cpu":
+            seconds = CPU_CACHED_SECONDS if step.encoder_cached else CPU_SECONDS
+        tried = replace(step, checkpointing=checkpointed)
         while seconds >= one_clip:
-            predicted = predict_gib(
-                config, weights, seconds=seconds, bytes_per_value=bytes_per_value, device=device,
-                checkpointing=checkpointed, encoder_cached=encoder_cached, full=full,
-            )  # fmt: skip
+            predicted = predict_gib(config, weights, tried, seconds=seconds)
             if predicted <= memory_gib:
                 return MemoryPlan(seconds, checkpointed, predicted)
             seconds /= 2
     raise ValueError(f"one clip takes {predicted:.1f} GiB of the {memory_gib:.1f} GiB given")
 
 
+def predict_decoding_gib(
+    config: WhisperConfig,
+    *,
+    seconds: float,
+    bytes_per_value: int,
+    device: str,
+    num_beams: int = 1,
+    tokens_per_second: float = TOKENS_PER_SECOND * CAP_MARGIN,
+    clips_per_second: float = 1 / SHORTEST_WINDOW,
+) -> float:
+    """Peak GiB of decoding `seconds` of window at once, besides the model's weights.
+
+    Held are the encoder's output, and keys and values of the decoder's layers, of encoder positions
+    and of tokens. What passes is counted at once, though it is not there at once: an encoder layer
+    over ENCODED_SAMPLES, one layer's keys before they are laid out by heads, a step's scores in
+    float32 and in the model's precision.
+
+    Args:
+        tokens_per_second: of window, for which there is room.
+    """
+    width, value = config.d_model, bytes_per_value
+    tokens = POSITIONS_PER_SECOND + tokens_per_second  # with keys and values, a second
+    per_second = 2 * config.decoder_layers * width * value * tokens
+    per_second += 2 * value * width * POSITIONS_PER_SECOND  # the encoder's output, one layer's keys
+    per_second += (FLOAT + value) * config.vocab_size * clips_per_second
+    # The stream and what is added to it, a LayerNorm's result, GELU's input and result.
+    layer = width * value * (3 + 2 * config.encoder_ffn_dim / width)
+    encoder = layer * ENCODED_SAMPLES / audio.SAMPLES_PER_POSITION
+    return (seconds * num_beams * per_second + encoder) * ALLOCATOR[device] / 2**30
+
+
 def plan_decoding(
-    config: WhisperConfig, *, memory_gib: float, bytes_per_value: int, num_beams: int = 1
+    config: WhisperConfig,
+    *,
+    memory_gib: float,
+    bytes_per_value: int,
+    num_beams: int = 1,
+    device: str = "cuda",
 ) -> float:
     """Seconds of window that may be decoded at once: large batches stream the weights less often.
 
-    What a batch holds are the decoder's keys and values, of encoder positions and of tokens.
+    Args:
+        memory_gib: that is free, besides the model's weights.
     """
-    kept = POSITIONS_PER_SECOND + TOKENS_PER_SECOND * CAP_MARGIN  # a second
-    per_second = 2 * config.decoder_layers * config.d_model * bytes_per_value * kept * num_beams
-    return min(DECODE_SECONDS, memory_gib * DECODE_SHARE * 2**30 / per_second)
+    options = {"bytes_per_value": bytes_per_value, "device": device, "num_beams": num_beams}
+    always = predict_decoding_gib(config, seconds=0.0, **options)
+    per_second = predict_decoding_gib(config, seconds=1.0, **options) - always
+    return min(DECODE_SECONDS, max(SHORTEST_WINDOW, (memory_gib - always) / per_second))

@@ -7,9 +7,11 @@ device must be there before torch is imported. The code that is run is the proje
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -35,7 +37,7 @@ from transformers.initialization import no_init_weights  # noqa: E402
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # noqa: E402
 
 import train_lora  # noqa: E402
-from common import audio, decoding, whisper  # noqa: E402
+from common import audio, decoding, memory, whisper  # noqa: E402
 
 LARGE = {
     "d_model": 1280, "encoder_layers": 32, "decoder_layers": 32, "encoder_attention_heads": 20,
@@ -170,13 +172,11 @@ def autocast_as_accelerate_does(model: torch.nn.Module, dtype: torch.dtype) -> N
     model.forward = MethodType(convert_outputs_to_fp32(forward), model)
 
 
-def train(case: Case, meter: Any) -> dict[str, Any]:
-    """A micro-batch that adds to gradients which are there, and an optimizer step."""
+def make_trained(case: Case) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model that has been trained for a step, with gradients, and its optimizer."""
     base = make_base(case)
     config = train_lora.Config(tune=case.tune, lora_targets=case.targets, lora_scope=case.scope)
     model = train_lora.trainable_model(config, base)
-    if case.checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
     if case.precision != "fp32":
         autocast_as_accelerate_does(model, DTYPES[case.precision])
     model.train()
@@ -185,7 +185,20 @@ def train(case: Case, meter: Any) -> dict[str, Any]:
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    sizes = [(one.numel(), one.element_size(), one.requires_grad) for one in model.parameters()]
+    return model, optimizer
+
+
+def train(
+    case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, meter: Any
+) -> dict[str, Any]:
+    """A micro-batch that adds to gradients which are there, and an optimizer step."""
+    base = whisper.base_of(model)
+    if case.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        base.gradient_checkpointing_disable()
+    parameters = optimizer.param_groups[0]["params"]
+    weights = memory.count_weights(model)
     seen, hooks = watch_dtypes(base)
     inputs = make_inputs(case, base)
     start, meter.peak, meter.kernels = meter.live, meter.live, 0
@@ -199,8 +212,7 @@ def train(case: Case, meter: Any) -> dict[str, Any]:
     for hook in hooks:
         hook.remove()
     return {
-        "frozen_bytes": sum(numel * size for numel, size, trained in sizes if not trained),
-        "trainable": sum(numel for numel, _, trained in sizes if trained),
+        "weights": dataclasses.asdict(weights),
         "held_before": start,
         "held_after_forward": after_forward,
         "forward_peak": forward_peak,
@@ -240,9 +252,8 @@ def name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def decode(case: Case, meter: Any) -> dict[str, Any]:
+def decode(case: Case, base: WhisperForConditionalGeneration, meter: Any) -> dict[str, Any]:
     """Encode a batch and take its first decoding step, with room for all others."""
-    base = make_base(case).eval()
     base.generation_config = GenerationConfig(
         decoder_start_token_id=1, eos_token_id=0, no_timestamps_token_id=2,
         lang_to_id={"<|mr|>": 3}, task_to_id={"transcribe": 4}, suppress_tokens=[5, 6],
@@ -263,20 +274,35 @@ def decode(case: Case, meter: Any) -> dict[str, Any]:
     return {"held_before": start, "dtypes": {}}
 
 
-def run(case: Case) -> dict[str, Any]:
-    """One case's figures."""
-    began = time.perf_counter()
-    whisper.mel_filters.cache_clear()  # of the simulation before
-    with device.simulation() as meter:
-        figures = dataclasses.asdict(case) | (decode if case.decode else train)(case, meter)
-        figures |= {"peak": meter.peak, "kernels": meter.kernels}
-        return figures | {
-            "ops": dict(meter.ops.most_common(25)),
-            "seconds": time.perf_counter() - began,
-        }
+def held(case: Case) -> Case:
+    """The case of which only the model matters: what else differs is of one batch."""
+    return dataclasses.replace(
+        case, clips=0, positions=0, tokens=0, checkpointing=False, encoder_cached=False
+    )
+
+
+def run(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """Each case's figures; successive ones of one model share it."""
+    for kind, same in itertools.groupby(cases, key=held):
+        whisper.mel_filters.cache_clear()  # of the simulation before
+        with device.simulation() as meter:
+            model = (make_base(kind).eval(),) if kind.decode else make_trained(kind)
+            for case in same:
+                began = time.perf_counter()
+                figures = (decode if case.decode else train)(case, *model, meter)
+                yield (
+                    dataclasses.asdict(case)
+                    | figures
+                    | {
+                        "peak": meter.peak,
+                        "kernels": meter.kernels,
+                        "ops": dict(meter.ops.most_common(25)),
+                        "seconds": time.perf_counter() - began,
+                    }
+                )
 
 
 if __name__ == "__main__":
     whisper.quiet_libraries()
-    for options in json.loads(sys.argv[1]):
-        print(json.dumps(run(Case(**options))), flush=True)
+    for figures in run([Case(**options) for options in json.loads(sys.argv[1])]):
+        print(json.dumps(figures), flush=True)
