@@ -526,14 +526,19 @@ def check_labels(
     )
 
 
-def fit_memory(config: Config, accelerator: Accelerator, model: torch.nn.Module) -> MemoryPlan:
+def fit_memory(
+    config: Config, accelerator: Accelerator, model: torch.nn.Module, memory_gib: float
+) -> MemoryPlan:
     """Choose the micro-batch that fits, or say what the one given by hand will take.
+
+    Args:
+        memory_gib: that this process may hold, the model included; the same on all, or their pieces
+            differ.
 
     Where engines share weights or moments out, each process is counted as if it held all.
     """
-    device = accelerator.device
     step = MemoryStep(
-        device=device.type,
+        device=accelerator.device.type,
         bytes_per_value=4 if accelerator.mixed_precision == "no" else 2,
         tune=config.tune,
         lora_targets=tuple(config.lora_targets.split(",")),
@@ -546,9 +551,6 @@ def fit_memory(config: Config, accelerator: Accelerator, model: torch.nn.Module)
     if config.max_batch_seconds:
         predicted = predict_gib(model.config, weights, step, seconds=config.max_batch_seconds)
         return MemoryPlan(config.max_batch_seconds, config.gradient_checkpointing, predicted)
-    memory_gib = config.memory_gib or engine.least(
-        accelerator, held_gib(device) + device_memory_gib(device, accelerator.num_processes)
-    )
     try:
         return plan_memory(model.config, weights, step, memory_gib=memory_gib)
     except ValueError as error:
@@ -848,7 +850,10 @@ def train(config: Config, stop: Stop) -> None:
     whisper.complete_generation_config(base, tokenizer)
     set_seed(config.seed)
     bare = trainable_model(config, base)
-    memory = fit_memory(config, accelerator, bare)
+    free_gib = device_memory_gib(accelerator.device, accelerator.num_processes)
+    own_gib = held_gib(accelerator.device) + free_gib
+    memory_gib = config.memory_gib or engine.least(accelerator, own_gib)
+    memory = fit_memory(config, accelerator, bare, memory_gib)
     config = replace(
         config,
         max_batch_seconds=memory.max_batch_seconds,

@@ -20,7 +20,9 @@ from common.batching import FULL_CONTEXT, POSITIONS_PER_SECOND
 from common.loss import ROWS_ON_CPU, ROWS_ON_GPU
 from common.whisper import ENCODED_SAMPLES
 
-USED_SHARE = 0.9  # of the device's free memory; the rest is for what is not torch's: see README
+# Of the device's free memory. The rest is for what is not torch's: workspaces of cuBLAS and cuDNN,
+# NCCL's buffers, kernels that are loaded late.
+USED_SHARE = 0.9
 CPU_SECONDS = 30.0  # on a CPU larger micro-batches are slower: they leave the caches
 CPU_CACHED_SECONDS = 240.0  # without an encoder to run they are not
 GPU_SECONDS = 480.0  # above it a GPU gains nothing
@@ -301,13 +303,15 @@ def plan_decoding(
     memory_gib: float,
     bytes_per_value: int,
     num_beams: int = 1,
-    device: str = "cuda",
+    device: str | None = None,
 ) -> float:
     """Seconds of window that may be decoded at once: large batches stream the weights less often.
 
     Args:
         memory_gib: that is free, besides the model's weights.
+        device: "cpu" or "cuda"; `None` is the one there is.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"bytes_per_value": bytes_per_value, "device": device, "num_beams": num_beams}
     always = predict_decoding_gib(config, seconds=0.0, **options)
     per_second = predict_decoding_gib(config, seconds=1.0, **options) - always

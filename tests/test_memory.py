@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,29 +126,42 @@ def test_weights_are_counted_once_with_the_scales_of_four_bits(checkpoint):
     assert memory.count_weights(packed).base == parameters + sum(scales)
 
 
-def test_a_model_that_is_loaded_is_not_counted_against_the_memory_that_is_free(checkpoint):
-    """What the process holds is part of what it may hold: one clip more of free memory suffices."""
-    base = whisper.load_base(str(checkpoint), dtype=torch.float32)
-    config = train_lora.Config(lora_rank=4)
-    model = train_lora.trainable_model(config, base)
-    accelerator = Accelerator(cpu=True)
-    held = memory.held_gib(accelerator.device)
-    step = memory.Step("cpu", bytes_per_value=4)
-    needed = memory.predict_gib(base.config, memory.count_weights(model), step, seconds=30.0)
-    found = train_lora.fit_memory(config, accelerator, model, free_gib=needed - held + 0.01)
-    assert (found.max_batch_seconds, found.checkpointing) == (30.0, False)
-    found = train_lora.fit_memory(config, accelerator, model, free_gib=needed - held - 0.01)
-    assert found.checkpointing
+def fake_gpu(monkeypatch, *, free, reserved, allocated):
+    """A GPU with so many GiB."""
+    for name, gib in (("memory_reserved", reserved), ("memory_allocated", allocated)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, gib=gib: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 2**30, 99 * 2**30))
+    return torch.device("cuda", 0)
 
 
 def test_a_gpus_free_memory_is_what_the_driver_and_torchs_cache_have(monkeypatch):
-    gib = 2**30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * gib, 16 * gib))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * gib)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * gib)
-    device = torch.device("cuda", 0)
+    device = fake_gpu(monkeypatch, free=10, reserved=5, allocated=3)
     assert memory.device_memory_gib(device, 1) == pytest.approx(12 * memory.USED_SHARE)
     assert memory.held_gib(device) == 3
+
+
+def test_loading_a_model_does_not_lessen_what_a_process_may_hold(monkeypatch):
+    """Else its weights are counted twice, once as gone and once in the prediction."""
+
+    def usable(**gib):
+        device = fake_gpu(monkeypatch, **gib)
+        return memory.held_gib(device) + memory.device_memory_gib(device, 1)
+
+    before = usable(free=16, reserved=0, allocated=0)
+    assert usable(free=13, reserved=3, allocated=3) >= before
+
+
+def test_the_micro_batch_fits_what_the_process_may_hold(checkpoint):
+    base = whisper.load_base(str(checkpoint), dtype=torch.float32)
+    config = train_lora.Config(lora_targets="q_proj,fc2", lora_rank=4)
+    model = train_lora.trainable_model(config, base)
+    step = memory.Step("cpu", bytes_per_value=4, lora_targets=("q_proj", "fc2"))
+    whole = memory.predict_gib(base.config, memory.count_weights(model), step, seconds=30.0)
+    for spare in (0.001, -0.001):
+        found = train_lora.fit_memory(config, Accelerator(cpu=True), model, whole + spare)
+        assert found.checkpointing == (spare < 0)
+    given = replace(config, max_batch_seconds=30.0)
+    assert train_lora.fit_memory(given, Accelerator(cpu=True), model, 0.0).predicted_gib == whole
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
@@ -167,7 +181,7 @@ def test_segments_may_expand_unless_the_user_says_otherwise(monkeypatch, name):
 
 def test_decoding_takes_what_fits_and_beams_take_more():
     def seconds(gib, **more):
-        return memory.plan_decoding(LARGE, memory_gib=gib, bytes_per_value=2, **more)
+        return memory.plan_decoding(LARGE, memory_gib=gib, bytes_per_value=2, device="cuda", **more)
 
     def taken(number, **more):
         return memory.predict_decoding_gib(

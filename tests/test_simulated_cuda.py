@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 from simulated_cuda import device
 
+from benchmarks import simulated_memory
 from benchmarks.simulated_memory import simulate
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not device.has_compiler(), reason="needs a C++ compiler"),
+    pytest.mark.skipif(bool(device.what_is_missing()), reason=f"needs {device.what_is_missing()}"),
 ]
 
 COUNTED = """
 import device
-device.load(device.build())
+device.load()
 import torch
 with device.simulation() as meter:
     a = torch.ones(1000, 1001, device="cuda", requires_grad=True)
@@ -53,34 +54,42 @@ def test_the_device_counts_live_bytes_and_knows_autocasts_dtypes():
 
 def test_the_device_is_loaded_before_torch_or_not_at_all():
     with pytest.raises(RuntimeError, match="before torch is imported"):
-        device.load(device.build())
+        device.load()
 
 
-DTYPES = [
-    {"precision": "fp32"},
-    {"precision": "bf16"},
-    {"precision": "fp16"},
-    {"quantize": "int8"},
-    {"quantize": "nf4", "precision": "fp16"},
-    {"tune": "full"},
-]
+def test_products_are_in_the_precision_asked_for_and_sums_in_float32():
+    halves = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    kinds = [{"precision": one} for one in halves]
+    kinds += [{"quantize": "int8"}, {"quantize": "nf4", "precision": "fp16"}, {"tune": "full"}]
+    cases = [{"model": "tiny", "positions": 320, "clips": 2} | kind for kind in kinds]
+    for kind, figures in zip(kinds, simulate(cases), strict=True):
+        half, found = halves[kind.get("precision", "bf16")], figures["dtypes"]
+        for layer in ("q_proj", "cross k_proj", "fc1", "fc2"):
+            assert found[layer].endswith(f"-> {half}"), (kind, layer, found)
+        if "quantize" in kind:
+            assert found["fc1"] == found["cross k_proj"] == f"{half} -> {half}", (kind, found)
+        assert found["decoder layer_norm"].endswith("-> float32"), (kind, found)
+        assert (found["loss"], found["gradient"]) == ("float32", "float32"), kind
 
 
-@pytest.fixture(scope="module")
-def dtypes():
-    cases = [{"model": "tiny", "positions": 320, "clips": 2} | case for case in DTYPES]
-    return [figures["dtypes"] for figures in simulate(cases)]
+def cases():
+    """Real dimensions, each branch of the formula once."""
+    four, short = simulated_memory.FOUR, simulated_memory.SHORT
+    again = simulated_memory.AGAIN
+    six = {"targets": simulated_memory.ALL_TARGETS}
+    turbo = [four, again, {"tune": "full"} | four, {"tune": "full"} | again]
+    small = [
+        six | short, six | again, {"quantize": "int8"} | four, {"quantize": "int8"} | again,
+        {"quantize": "int8"} | six | four, {"quantize": "nf4"} | four, {"precision": "fp32"} | four,
+        {"tune": "encoder_frozen"} | four, {"scope": "top_2"} | four, {"scope": "decoder"} | four,
+        {"scope": "decoder"} | simulated_memory.CACHED,
+        *({"decode": True} | one for one in simulated_memory.DECODED),
+    ]  # fmt: skip
+    return [{"model": "turbo"} | one for one in turbo] + [{"model": "small"} | one for one in small]
 
 
-@pytest.mark.parametrize("at", range(len(DTYPES)), ids=[str(case) for case in DTYPES])
-def test_products_are_in_the_precision_asked_for_and_sums_in_float32(dtypes, at):
-    half = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[
-        DTYPES[at].get("precision", "bf16")
-    ]
-    found = dtypes[at]
-    for layer in ("q_proj", "cross k_proj", "fc1", "fc2"):
-        assert found[layer].endswith(f"-> {half}"), (layer, found)
-    if "quantize" in DTYPES[at]:
-        assert found["fc1"] == found["cross k_proj"] == f"{half} -> {half}", "inputs are cast"
-    assert found["decoder layer_norm"].endswith("-> float32")
-    assert (found["loss"], found["gradient"]) == ("float32", "float32")
+def test_the_estimate_is_within_fifteen_per_cent_of_the_simulated_peak_and_hardly_below():
+    for figures in simulate(cases()):
+        estimate, peak = simulated_memory.estimate_gib(figures), figures["peak"] / 2**30
+        told = {name: figures[name] for name in figures if name not in ("ops", "config", "dtypes")}
+        assert 0.95 < estimate / peak < 1.15, f"{estimate:.2f} GiB by formula, {peak:.2f}: {told}"

@@ -35,15 +35,29 @@ NO_KERNEL = {
 }  # fmt: skip
 
 
-def has_compiler() -> bool:
-    """Whether `guard.cpp` can be built here."""
-    return shutil.which(COMPILER) is not None
+def torch_libraries() -> Path:
+    """The folder of torch's libraries, found without importing it."""
+    return Path(importlib.util.find_spec("torch").submodule_search_locations[0]) / "lib"
+
+
+def is_cuda_build() -> bool:
+    """Whether torch brings its own CUDA device, which needs a GPU and no `guard.cpp`."""
+    return (torch_libraries() / "libtorch_cuda.so").exists()
+
+
+def what_is_missing() -> str:
+    """What the simulation lacks on this machine, or ""; imports torch where it is a CUDA build."""
+    if is_cuda_build():
+        import torch
+
+        return "" if torch.cuda.is_available() else "a CPU build of torch, or a GPU"
+    return "" if shutil.which(COMPILER) else "a C++ compiler"
 
 
 def build() -> Path:
     """Compile `guard.cpp` against the installed torch, once for each version of both."""
     source = Path(__file__).with_name("guard.cpp")
-    torch_folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    lib = torch_libraries()
     key = source.read_bytes() + importlib.metadata.version("torch").encode()
     folder = Path(tempfile.gettempdir()) / f"simulated_cuda_{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -53,7 +67,7 @@ def build() -> Path:
     if library.is_file():
         return library
     made = library.with_suffix(f".{os.getpid()}.tmp")
-    include, lib = torch_folder / "include", torch_folder / "lib"
+    include = lib.parent / "include"
     command = [COMPILER, "-O1", "-shared", "-fPIC", "-std=c++20", "-D_GLIBCXX_USE_CXX11_ABI=1"]
     command += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", str(source)]
     command += ["-o", str(made), f"-L{lib}", "-lc10", "-ltorch_cpu"]
@@ -62,13 +76,20 @@ def build() -> Path:
     return library
 
 
-def load(library: Path) -> None:
-    """Register the device; torch is imported here, for the first time in this process."""
+def load() -> None:
+    """Register the device; torch is imported here, for the first time in this process.
+
+    Raises:
+        RuntimeError: torch is there already, or something is missing on this machine.
+    """
     if "torch" in sys.modules:
         raise RuntimeError("the simulated device must be loaded before torch is imported")
-    lib = Path(importlib.util.find_spec("torch").submodule_search_locations[0]) / "lib"
-    for name in (lib / "libc10.so", lib / "libtorch_cpu.so", library):
-        ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
+    if missing := what_is_missing():
+        raise RuntimeError(f"the simulated device needs {missing}")
+    if not is_cuda_build():
+        names = (torch_libraries() / "libc10.so", torch_libraries() / "libtorch_cpu.so", build())
+        for name in names:
+            ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
     import torch
     from torch.cuda.amp import common
 

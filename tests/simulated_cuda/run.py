@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MethodType
@@ -20,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import device  # noqa: E402
+from models import MODELS  # noqa: E402
 
-device.load(device.build())
+device.load()
 
 import torch  # noqa: E402
 from accelerate.utils import convert_outputs_to_fp32  # noqa: E402
@@ -39,26 +41,6 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # no
 import train_lora  # noqa: E402
 from common import audio, decoding, memory, whisper  # noqa: E402
 
-LARGE = {
-    "d_model": 1280, "encoder_layers": 32, "decoder_layers": 32, "encoder_attention_heads": 20,
-    "decoder_attention_heads": 20, "encoder_ffn_dim": 5120, "decoder_ffn_dim": 5120,
-    "vocab_size": 51_866, "num_mel_bins": 128,
-}  # fmt: skip
-MODELS = {
-    "large-v3": LARGE,
-    "large-v2": LARGE | {"vocab_size": 51_865, "num_mel_bins": 80},
-    "turbo": LARGE | {"decoder_layers": 4},
-    "small": LARGE | {
-        "d_model": 768, "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 12,
-        "decoder_attention_heads": 12, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072,
-        "vocab_size": 51_865, "num_mel_bins": 80,
-    },
-    "tiny": LARGE | {
-        "d_model": 384, "encoder_layers": 4, "decoder_layers": 4, "encoder_attention_heads": 6,
-        "decoder_attention_heads": 6, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536,
-        "vocab_size": 51_865, "num_mel_bins": 80,
-    },
-}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_GRAD_NORM = 1.0
 NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256  # values that share a scale, and scales that share one
@@ -290,19 +272,14 @@ def run(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
             for case in same:
                 began = time.perf_counter()
                 figures = (decode if case.decode else train)(case, *model, meter)
-                yield (
-                    dataclasses.asdict(case)
-                    | figures
-                    | {
-                        "peak": meter.peak,
-                        "kernels": meter.kernels,
-                        "ops": dict(meter.ops.most_common(25)),
-                        "seconds": time.perf_counter() - began,
-                    }
-                )
+                figures |= {"config": MODELS[case.model], "peak": meter.peak}
+                figures |= {"kernels": meter.kernels, "ops": dict(meter.ops.most_common(25))}
+                figures["seconds"] = time.perf_counter() - began
+                yield dataclasses.asdict(case) | figures
 
 
 if __name__ == "__main__":
     whisper.quiet_libraries()
+    warnings.simplefilter("ignore", FutureWarning)
     for figures in run([Case(**options) for options in json.loads(sys.argv[1])]):
         print(json.dumps(figures), flush=True)
