@@ -23,7 +23,7 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 import eval_wer
 import train_lora
 from benchmarks import simulated_memory
-from common import audio, decoding, memory, whisper
+from common import audio, decoding, memory, precision, whisper
 from common.batching import MicroBatch
 from common.collator import IGNORED, label_positions, load_batches
 from common.dataset import load_prepared
@@ -241,7 +241,7 @@ def test_a_random_checkpoint_of_real_dimensions_loads_and_its_step_is_simulated(
     assert [len(text) for text in texts] == [3, 3]
     gib, kernels = simulated(size, "fp32")
     if not what_is_missing():
-        assert 0.1 < gib < 1 and kernels > 1_000
+        assert 0.1 < gib < 1 and kernels > 500
 
 
 # ------ training and decoding in each precision
@@ -412,14 +412,14 @@ def limit_memory(trained: Trained, device: torch.device, held: float, peak: floa
 
 
 def test_dropout_masks_are_those_of_the_cpu(device):
-    seeds = whisper.DropoutSeeds(torch.tensor([0, 5, 2**31, 2**32 - 1]))
-    x = torch.ones(4, 3, 1280)
-    for number in (0, 7, 511):
-        dropout = whisper.FeatureDropout(0.05, number, seeds)
-        expected = dropout(x)
-        moved = whisper.DropoutSeeds(seeds.of_clips.to(device))
-        got = whisper.FeatureDropout(0.05, number, moved)(x.to(device))
-        assert torch.equal(got.cpu(), expected)
+    drawn = []
+    for place in (torch.device("cpu"), device):
+        masks = whisper.DropoutMasks()
+        dropouts = [masks.add(0.05, width) for width in (1280, 5120, 1280)]
+        masks.draw(torch.tensor([0, 5, 2**31, 2**32 - 1]).to(place))
+        drawn.append([dropout.mask.cpu() for dropout in dropouts])
+    for expected, got in zip(*drawn, strict=True):
+        assert torch.equal(got, expected)
         assert 0.03 < (expected == 0).float().mean() < 0.07
 
 
@@ -442,13 +442,13 @@ def test_batches_are_in_pinned_memory_where_there_is_a_gpu(device, prepared, bas
     assert torch.equal(moved.cpu(), inputs["waves"])
 
 
-def test_auto_is_bf16_where_the_gpu_computes_it_itself(device):
+def test_auto_is_bf16_where_the_gpu_computes_it_itself(device, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if device.type == "cpu":
-        expected = not torch.cuda.is_available()
-        assert expected == (eval_wer.dtype_of("auto") == torch.float32)
+        assert (precision.choose("auto") == "fp32") == (not torch.cuda.is_available())
         return
     has_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # Ampere
-    assert (eval_wer.dtype_of("auto") == torch.bfloat16) == has_bf16
+    assert precision.choose("auto") == ("bf16" if has_bf16 else "fp16")
 
 
 @pytest.mark.slow

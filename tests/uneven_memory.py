@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import cli, memory
 
 script = importlib.import_module(os.environ["SCRIPT"])
-FREE = {"train_lora": (100.0, 7.0), "eval_wer": (2e-3, 5e-4)}[script.__name__]  # by rank
+FREE = {"train_lora": (100.0, 7.0), "eval_wer": (100.0, 1e-3)}[script.__name__]  # by rank
 
 
 def free_of_this_process(*_given):
@@ -24,5 +24,6 @@ def seconds_like_memory(*_given, memory_gib, **_options):
 
 if __name__ == "__main__":
     script.device_memory_gib = free_of_this_process
+    script.held_gib = lambda _device: 0.0
     script.plan_memory = seconds_like_memory
     cli.run(script.main, script.Config)
