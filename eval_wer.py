@@ -424,7 +424,7 @@ def evaluate(config: Config) -> None:
     # ------ results
     if accelerator.is_main_process:
         write_results(config, dataset, systems, texts)
-    accelerator.end_training()
+    engine.close(accelerator)
 
 
 if __name__ == "__main__":

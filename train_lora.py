@@ -804,10 +804,13 @@ def main(config: Config) -> None:
     check(config)
     limits = {"max_minutes": config.max_minutes, "save_every_minutes": config.save_every_minutes}
     with engine.clear_errors(config.collective_timeout), listen(**limits) as stop:
-        train(config, stop)
+        accelerator = train(config, stop)  # its frame held the model, which holds groups
+        stop.leave()
+        engine.close(accelerator)
 
 
-def train(config: Config, stop: Stop) -> None:
+def train(config: Config, stop: Stop) -> Accelerator:
+    """All of a run but its end, which is for `engine.close` once nothing here is held."""
     whisper.quiet_libraries()
     started = time.perf_counter()
     output = Path(config.output_dir)
@@ -985,15 +988,7 @@ def train(config: Config, stop: Stop) -> None:
     steps.close()  # ends the processes that read ahead
     if not last:
         say(f"stopped by {reason} after step {done}, saved: the same command goes on from there")
-    engine_name = engine.name(accelerator)
-    # DDP holds the process group. Freed after it, gloo would wait, with Python's lock held, for a
-    # thread of its own that waits for that lock.
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    del model, run.wrapped
-    accelerator.end_training()
-    if not last:
-        return
+        return accelerator
     if leader:
         write_json(
             output / "train.json",
@@ -1004,7 +999,7 @@ def train(config: Config, stop: Stop) -> None:
                 "encoder_cache_seconds": cache_seconds if cache else None,
                 "peak_memory_gib": peak_memory_gib(),
                 "processes": accelerator.num_processes,
-                "engine": engine_name,
+                "engine": engine.name(accelerator),
                 "skipped_steps": run.skipped,
                 "best": run.best,
                 "last": journal.last,
@@ -1012,6 +1007,7 @@ def train(config: Config, stop: Stop) -> None:
             | made,
         )
     say(f"{'adapter' if config.tune == 'lora' else 'model'} in {output}, figures in train.json")
+    return accelerator
 
 
 if __name__ == "__main__":

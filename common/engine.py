@@ -4,6 +4,7 @@
 and ZeRO the optimizer in parts; ZeRO-3 and FSDP hold both in parts: sharded.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +13,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+    is_deepspeed_available,
+)
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -50,6 +57,10 @@ def open_accelerator(
     has_gpu, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for more
+    if _asks("FSDP") and is_deepspeed_available():
+        # Accelerate imports it while it prepares for FSDP. Imported after the process group was
+        # made, DeepSpeed has that group as a default argument and never frees it: see `close`.
+        import deepspeed  # noqa: F401
     group = InitProcessGroupKwargs(
         backend=None if has_gpu or not several else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
@@ -378,6 +389,29 @@ def _take_from_master(parameter: torch.nn.Parameter, value: torch.Tensor) -> Non
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(value)
+
+
+# ------ the end of a run
+
+
+def close(accelerator: Accelerator) -> None:
+    """End a run that has written all: trackers, then every process group with its threads.
+
+    All processes must call, and hold neither model nor optimizer any more.
+
+    A thread of gloo may still hold a tensor of Python's when its group's work is done, and lets go
+    of it a moment later. Where that moment comes after the interpreter's end, the process dies of
+    SIGABRT or SIGSEGV (https://github.com/pytorch/pytorch/pull/179291). A group joins its threads
+    when it is freed, so all groups are freed here, while the interpreter is whole.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()  # DeepSpeed's engine, DDP's and FSDP's modules: they hold groups
+    if accelerator.num_processes > 1:
+        gc.collect()
+        # DTensor's caches hold meshes, and a mesh its groups, up to the interpreter's end.
+        for mesh in (one for one in gc.get_objects() if type(one) is DeviceMesh):
+            mesh._pg_registry.clear()
+    accelerator.end_training()
 
 
 # ------ when contact is lost

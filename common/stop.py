@@ -63,6 +63,10 @@ class Stop:
             timeout = timedelta(minutes=timeout_minutes)
             self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
+    def leave(self) -> None:
+        """From here on each process is alone; the group can end."""
+        self.group = None
+
 
 @contextmanager
 def listen(*, max_minutes: float, save_every_minutes: float) -> Iterator[Stop]:

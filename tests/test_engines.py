@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import launch
@@ -135,6 +136,24 @@ def test_a_run_goes_on_with_other_processes_and_another_engine(options, one, fol
         assert ("stopped by SIGTERM after step 2" in done.stdout) == stops, done.stdout
     assert "resumed at step 2" in done.stdout
     assert_same(one, own, "adapter", 1e-4)
+
+
+@pytest.mark.parametrize("config", ["cpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+@pytest.mark.parametrize("script", ["train_lora", "eval_wer"])
+def test_no_thread_of_gloo_outlives_the_interpreter(options, folder, config, script):
+    """One that lets a tensor go after it ends the process with SIGSEGV or SIGABRT."""
+    if script == "eval_wer" and config != "cpu":
+        pytest.skip("scores without an engine")
+    own = options | {"output_dir": str(folder / f"threads_{script}_{config}"), "max_steps": 1}
+    if script == "eval_wer":
+        own = {name: own[name] for name in ("model", "data_dir", "output_dir", "num_workers")}
+    words = launch.command("tests/threads_at_exit.py", own, processes=2, config=config)
+    words.insert(words.index("tests/threads_at_exit.py") + 1, script)
+    done = subprocess.run(
+        words, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("threads of gloo at exit: []") == 2, done.stdout
 
 
 def test_a_whole_model_is_saved_as_plain_transformers_loads_it_and_is_scored(one_full, tmp_path):
