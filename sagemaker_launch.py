@@ -32,7 +32,7 @@ from typing import Any
 from common import cli, instances, job_report
 from common.aws import NOT_THERE, client, split_uri, told_in_one_line
 from common.cli import UserError
-from common.files import new_folder
+from common.files import MARKERS, new_folder
 from common.job_check import all_problems
 from common.job_request import (
     Eval,
@@ -352,7 +352,9 @@ def fetch_job(s3: Any, job: dict[str, Any], folder: Path) -> set[str]:
         for key in keys:
             relative = key[len(prefix) + 1 :]
             target = (folder / relative).resolve()
-            if relative.startswith(FETCHED) and target.is_relative_to(folder.resolve()):
+            if relative.endswith(MARKERS) or not relative.startswith(FETCHED):
+                continue
+            if target.is_relative_to(folder.resolve()):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 s3.download_file(bucket, key, str(target))
     bucket, prefix = split_uri(job["OutputDataConfig"]["S3OutputPath"])

@@ -8,7 +8,6 @@ step from seed, step and clip, so seed and position are that state.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 
 from common import engine, whisper
 from common.cli import UserError
-from common.files import new_folder, write_json
+from common.files import IGNORED, new_folder, remove_folder, write_json
 
 STATE = "state.json"
 TENSORS = (engine.WEIGHTS, *engine.MOMENTS)  # a file of each
@@ -62,8 +61,8 @@ def save(
             record = {"step": step, "optimizer_steps": steps, "sha256": digests} | state
             write_json(written / STATE, record)
     if leader:
-        for old in _folders(folder)[:-keep]:
-            shutil.rmtree(old)
+        for old in [*_folders(folder)[:-keep], *folder.glob(f"step-*{IGNORED}")]:
+            remove_folder(old)  # the latter are what a killed run had begun
 
 
 def _gather(

@@ -1,12 +1,25 @@
-"""Files and folders that are either whole or not there: written aside, flushed, renamed."""
+"""Files and folders that are either whole or not there: written aside, flushed, renamed.
 
+SageMaker copies the folder of a run to S3 while the run writes it, and puts markers beside the
+files. What it is not to copy has a name that ends in `.sagemaker-ignore`.
+"""
+
+import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+IGNORED = ".sagemaker-ignore"
+PARTIAL = f".partial{IGNORED}"  # what is being written
+OLD = f".old{IGNORED}"  # what is being removed
+MARKERS = (".sagemaker-uploading", ".sagemaker-uploaded", IGNORED)  # no results
+REMOVAL_TRIES = 50
+REMOVAL_PAUSE_SECONDS = 0.1
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` at once."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         partial.write_bytes(content)
         _flush(partial)
@@ -41,23 +54,45 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     A block that fails leaves `folder` as it was; what a killed run left is removed first.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(folder.name + PARTIAL)
+    _remove_tree(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
         for path in partial.rglob("*"):
-            _flush(path)
+            with contextlib.suppress(FileNotFoundError):  # a marker that is gone again
+                _flush(path)
         _flush(partial)
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
+        old = _set_aside(folder)
         partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_tree(old)
         _flush(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, out of the sight of whoever reads it; half of it is never there."""
+    _remove_tree(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename `folder`, if it is there, to what is about to be removed."""
+    old = folder.with_name(folder.name + OLD)
+    _remove_tree(old)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(old)
+    return old
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder although files appear and vanish in it meanwhile."""
+    for _ in range(REMOVAL_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(REMOVAL_PAUSE_SECONDS)
+    shutil.rmtree(folder)  # once more: now it says what is in the way
 
 
 def _flush(path: Path) -> None:

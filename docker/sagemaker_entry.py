@@ -31,6 +31,10 @@ import psutil
 import yaml
 
 PROGRAM = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROGRAM))
+
+from common.files import MARKERS  # noqa: E402
+
 ML = Path("/opt/ml")
 CHECKPOINTS = ML / "checkpoints"
 PREPARED = ML / "processing" / "prepared"
@@ -326,10 +330,11 @@ def keep_results(since: float) -> None:
         say("the run is not finished: it goes on from its checkpoints when it is started again")
         return
     (ML / "model").mkdir(parents=True, exist_ok=True)
+    markers = shutil.ignore_patterns(*(f"*{marker}" for marker in MARKERS))
     for name in RESULTS:
         source, target = CHECKPOINTS / name, ML / "model" / name
         if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=markers)
         elif source.is_file():
             shutil.copyfile(source, target)
     say(f"{', '.join(sorted(path.name for path in (ML / 'model').iterdir()))} in {ML / 'model'}")

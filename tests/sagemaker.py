@@ -1,11 +1,13 @@
 """Faked /opt/ml folders, and nodes of a job that run the container's entry as their process 1."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,52 @@ def end(node: subprocess.Popen, seconds: float = 240.0) -> tuple[int, str, str]:
     finally:
         shutil.rmtree(node.scratch)
     return node.returncode, out, err
+
+
+class Uploader:
+    """SageMaker's copying of a folder to S3, as a thread: markers come and go beside the files.
+
+    `FILE.sagemaker-uploading` is there while FILE is read, `FILE.sagemaker-uploaded` afterwards;
+    what is called `*.sagemaker-ignore` is left alone, unless the uploader is `careless`.
+    """
+
+    def __init__(self, folder: Path, *, seconds: float, careless: bool = False) -> None:
+        self.folder, self.seconds, self.careless = folder, seconds, careless
+        self.copied: dict[str, bytes] = {}  # S3
+        self.uploads = 0
+        self.end = threading.Event()
+        self.thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Uploader":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.end.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.end.is_set():
+            for place, _, names in os.walk(self.folder):
+                for path in (Path(place, name) for name in names):
+                    if not self._is_left_alone(path):
+                        with contextlib.suppress(FileNotFoundError):  # renamed or removed
+                            self._upload(path)
+            self.end.wait(0.001)
+
+    def _is_left_alone(self, path: Path) -> bool:
+        relative = str(path.relative_to(self.folder))
+        is_marker = path.name.endswith((".sagemaker-uploading", ".sagemaker-uploaded"))
+        return is_marker or (".sagemaker-ignore" in relative and not self.careless)
+
+    def _upload(self, path: Path) -> None:
+        uploading = path.with_name(path.name + ".sagemaker-uploading")
+        uploading.touch()
+        try:
+            content = path.read_bytes()
+            self.end.wait(self.seconds)
+            self.copied[str(path.relative_to(self.folder))] = content
+            self.uploads += 1
+            path.with_name(path.name + ".sagemaker-uploaded").touch()
+        finally:
+            uploading.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from botocore.stub import Stubber
 from strict_aws import BUCKET, IMAGE, REGION, ROLE, ROLE_ARN, strict_aws
 
 import sagemaker_launch
-from common import cli, instances, job_report
+from common import cli, files, instances, job_report
 
 TRAIN = {
     "role": ROLE_ARN, "image_uri": IMAGE, "train_s3": f"s3://{BUCKET}/prepared",
@@ -288,12 +288,15 @@ def test_fetch_brings_adapter_curves_and_records_but_no_checkpoints(aws, tmp_pat
     put_records(aws, name)
     aws.put(f"whisper/{name}/checkpoints/tensorboard/events.1", "curve")
     aws.put(f"whisper/{name}/checkpoints/adapter_best/adapter_config.json", "{}")
+    for marker in files.MARKERS:  # of SageMaker's uploader
+        aws.put(f"whisper/{name}/checkpoints/adapter_best/adapter_config.json{marker}", "")
     aws.put(f"whisper/{name}/checkpoints/checkpoints/step-5/weights.safetensors", "big")
     call("fetch", job=name, output_dir=tmp_path)
     folder = tmp_path / name
     assert {path.name for path in folder.iterdir()} == {
         "metrics.jsonl", "tensorboard", "adapter_best",
     }  # fmt: skip
+    assert [path.name for path in (folder / "adapter_best").iterdir()] == ["adapter_config.json"]
     model = archive(adapter__adapter_config=b"{}", adapter__adapter_model=b"w")
     aws.put(f"whisper/{name}/output/model.tar.gz", model)
     call("fetch", job=name, output_dir=tmp_path)
