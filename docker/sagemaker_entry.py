@@ -33,12 +33,17 @@ import yaml
 PROGRAM = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROGRAM))
 
+from common import instances  # noqa: E402
 from common.files import MARKERS  # noqa: E402
 
 ML = Path("/opt/ml")
 CHECKPOINTS = ML / "checkpoints"
 PREPARED = ML / "processing" / "prepared"
 SCRATCH = Path(tempfile.gettempdir())  # on the node's disk
+DEVICES = Path("/dev")
+COMPAT = Path("/usr/local/cuda/compat")  # of the base image: a driver for its CUDA
+DRIVER = Path("/proc/driver/nvidia/version")  # of the host
+PROBE = "import torch; torch.cuda.init(); print(torch.cuda.device_count())"
 PORT = 7777  # where the processes of several nodes meet
 HOSTS_SECONDS = 300.0  # that a node's name may take to appear
 SHUTDOWN_SECONDS = 100  # of the 120 that SageMaker leaves after a SIGTERM
@@ -65,6 +70,7 @@ class Cluster:
     hosts: tuple[str, ...]
     host: str
     interface: str  # of the network between them; empty where it is not said
+    instance_type: str = ""
 
     @property
     def rank(self) -> int:
@@ -87,7 +93,12 @@ def read_cluster(file: Path) -> Cluster:
         return Cluster(("localhost",), "localhost", "")
     said = json.loads(file.read_text(encoding="utf-8"))
     hosts = in_order(said["hosts"])
-    return Cluster(hosts, said["current_host"], said.get("network_interface_name", ""))
+    return Cluster(
+        hosts,
+        said["current_host"],
+        said.get("network_interface_name", ""),
+        said.get("current_instance_type", ""),
+    )
 
 
 def wait_for_names(hosts: Sequence[str], seconds: float = HOSTS_SECONDS) -> None:
@@ -211,10 +222,56 @@ def read_token(source: str) -> str:
 # ------ starting
 
 
-def num_gpus() -> int:
-    import torch
+def library_path(before: str, compat: Path = COMPAT, driver: Path = DRIVER) -> str:
+    """LD_LIBRARY_PATH, with the image's own driver libraries first where the host's are older.
 
-    return torch.cuda.device_count()
+    The entrypoint of AWS's base images does the same, and this one is in its place. Where the
+    host's driver is newer, the image's would not start.
+    """
+    library = compat / "libcuda.so.1"
+    if not library.exists() or not driver.is_file():
+        return before
+    own = re.fullmatch(r"libcuda\.so\.([\d.]+)", library.resolve().name)
+    hosts = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", driver.read_text(encoding="utf-8"))
+    if not own or not hosts or _version(hosts[1]) >= _version(own[1]):
+        return before
+    say(f"the host's driver {hosts[1]} is older than the image's {own[1]}, which comes first")
+    return ":".join(filter(None, [str(compat), before]))
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def ask_cuda() -> tuple[int, str]:
+    """GPUs that CUDA starts on, and why there are none.
+
+    Another process is asked: this one has been started with another LD_LIBRARY_PATH.
+    """
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    if done.returncode == 0:
+        return int(done.stdout.split()[-1]), ""
+    return 0, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def find_gpus(instance_type: str) -> int:
+    """GPUs of this node.
+
+    Raises:
+        EntryError: it has GPUs, and CUDA does not find them: training on the CPU would cost as
+            much an hour, for days.
+    """
+    gpus, problem = ask_cuda()
+    expected = instances.num_gpus(instance_type)
+    if expected is None:
+        expected = len([path for path in DEVICES.glob("nvidia*") if path.name[6:].isdigit()])
+    if gpus >= expected or (gpus and "CUDA_VISIBLE_DEVICES" in os.environ):
+        return gpus
+    found = f"CUDA finds {gpus}" if gpus else f"CUDA does not start ({problem or 'finds none'})"
+    raise EntryError(
+        f"{instance_type} has {expected} GPUs, {found}: the image's CUDA may be too new for the "
+        "host's driver: build it on an older BASE_IMAGE; or the instance is faulty: start again"
+    )
 
 
 def words(options: dict[str, str]) -> list[str]:
@@ -369,12 +426,12 @@ def train_command() -> tuple[Cluster, list[str], dict[str, str], str]:
     """This node's share of a training or an evaluation, and the script's name."""
     config_dir = ML / "input" / "config"
     cluster = read_cluster(config_dir / "resourceconfig.json")
+    gpus = find_gpus(cluster.instance_type)  # before data is copied
     if len(cluster.hosts) > 1:
         wait_for_names(cluster.hosts)
     script = os.environ.get("LAUNCH_SCRIPT", "train_lora.py")
     own = set_by_job(script, stage=os.environ.get("LAUNCH_STAGE") == "true")
     options = own | read_options(config_dir / "hyperparameters.json")
-    gpus = num_gpus()
     command, environment = launch(
         cluster, script, options,
         config=os.environ.get("LAUNCH_CONFIG", "auto"),
@@ -392,6 +449,7 @@ def run(arguments: list[str]) -> None:
         SystemExit: with its exit code, after a failure was written down.
     """
     environment: dict[str, str] = {}
+    os.environ["LD_LIBRARY_PATH"] = library_path(os.environ.get("LD_LIBRARY_PATH", ""))
     if source := os.environ.get("HF_TOKEN_FROM"):
         os.environ["HF_TOKEN"] = read_token(source)
     since, script = time.time(), "preprocess.py"

@@ -28,6 +28,7 @@ def make_ml(
     *,
     host: str = "algo-1",
     hosts: tuple[str, ...] = ("algo-1",),
+    instance_type: str = "ml.m5.xlarge",
 ) -> Path:
     """What SageMaker lays out for a node before the container starts."""
     config = folder / "input" / "config"
@@ -44,7 +45,7 @@ def make_ml(
         "hyperparameters": {key: str(value) for key, value in options.items()},
         "resourceconfig": {
             "current_host": host,
-            "current_instance_type": "ml.m5.xlarge",
+            "current_instance_type": instance_type,
             "hosts": list(reversed(hosts)),  # SageMaker promises no order
             "network_interface_name": "eth0",
         },

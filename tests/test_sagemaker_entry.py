@@ -132,6 +132,75 @@ def test_each_node_prepares_its_shard(tmp_path, monkeypatch):
     assert command[-4:] == ["--num_shards", "2", "--shard", "1"]
 
 
+# ------ GPUs
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "answer", "message"),
+    [
+        ("ml.g5.2xlarge", (0, "Error: driver too old"), "CUDA does not start (Error: driver"),
+        ("ml.g5.12xlarge", (3, ""), "ml.g5.12xlarge has 4 GPUs, CUDA finds 3"),
+        ("ml.new.xlarge", (0, "RuntimeError: x"), ""),
+        ("ml.m5.xlarge", (0, "RuntimeError: x"), ""),
+        ("ml.g5.2xlarge", (1, ""), ""),
+    ],
+)  # fmt: skip
+def test_a_gpu_instance_without_cuda_fails_at_once(instance_type, answer, message, monkeypatch):
+    monkeypatch.setattr(entry, "ask_cuda", lambda: answer)
+    monkeypatch.setattr(entry, "DEVICES", Path("/nonexistent"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if message:
+        with pytest.raises(entry.EntryError, match=re.escape(message)):
+            entry.find_gpus(instance_type)
+    else:
+        assert entry.find_gpus(instance_type) == answer[0]
+
+
+def test_a_gpus_device_file_tells_of_it_where_the_instance_type_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, "ask_cuda", lambda: (0, "RuntimeError: no driver"))
+    monkeypatch.setattr(entry, "DEVICES", tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert entry.find_gpus("ml.new.xlarge") == 0
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(entry.EntryError, match=r"CUDA does not start .*no driver"):
+        entry.find_gpus("ml.new.xlarge")
+
+
+def test_cuda_is_asked_in_a_process_of_its_own(monkeypatch):
+    assert entry.ask_cuda()[0] == 0, "on this machine"
+    monkeypatch.setenv("PYTHONPATH", "/nonexistent")
+    monkeypatch.setattr(entry, "PROBE", "import nothing_like_it")
+    assert entry.ask_cuda() == (0, "ModuleNotFoundError: No module named 'nothing_like_it'")
+    monkeypatch.setattr(entry, "PROBE", "print('noise'); print(4)")
+    assert entry.ask_cuda() == (4, "")
+
+
+KERNEL_MODULES = {
+    "x86_64 Kernel Module  535.183.01  Sun May 12": (535, 183, 1),
+    "Open Kernel Module for x86_64  580.65.06  Release Build": (580, 65, 6),
+}
+
+
+@pytest.mark.parametrize(("line", "version"), KERNEL_MODULES.items())
+@pytest.mark.parametrize("compat", ["550.54.14", "580.65.06", "610.1"])
+def test_compatibility_libraries_come_first_where_the_driver_is_older(
+    line, version, compat, tmp_path
+):
+    (tmp_path / f"libcuda.so.{compat}").touch()
+    (tmp_path / "libcuda.so.1").symlink_to(f"libcuda.so.{compat}")
+    driver = tmp_path / "version"
+    driver.write_text(f"NVRM version: NVIDIA UNIX {line} 2026\nGCC version: 11.4.0\n")
+    is_older = version < tuple(int(part) for part in compat.split("."))
+    got = entry.library_path("/usr/lib64:/opt/lib", tmp_path, driver)
+    assert got == (f"{tmp_path}:" if is_older else "") + "/usr/lib64:/opt/lib"
+    assert entry.library_path("", tmp_path, driver) == (str(tmp_path) if is_older else "")
+    for missing in (tmp_path / "none", tmp_path):
+        assert entry.library_path("/a", missing, tmp_path / "none") == "/a"
+    driver.unlink()
+    driver.write_text("something else\n")
+    assert entry.library_path("/a", tmp_path, driver) == "/a"
+
+
 # ------ data and adapters
 
 
@@ -337,6 +406,19 @@ def test_a_crash_has_an_exit_code_and_a_failure_text(checkpoint, tmp_path):
     assert failure.startswith(b"exit code 2: error: ")
     assert len(failure) < 1024
     assert not any((ml / "model").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.root
+def test_a_job_that_pays_for_a_gpu_does_not_train_on_the_cpu(checkpoint, prepared, tmp_path):
+    channels = {"train": prepared, "model": checkpoint}
+    ml = sagemaker.make_ml(tmp_path / "ml", SMALL, channels, instance_type="ml.g5.2xlarge")
+    code, out, err = sagemaker.end(sagemaker.start_node(ml))
+    assert code == 1, out[-2000:]
+    failure = (ml / "output" / "failure").read_text(encoding="utf-8")
+    assert failure.startswith("ml.g5.2xlarge has 1 GPUs, CUDA does not start ("), failure
+    assert failure in err
+    assert not (ml / "checkpoints" / "metrics.jsonl").exists(), "not a step was trained"
 
 
 @pytest.mark.slow
