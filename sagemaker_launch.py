@@ -10,6 +10,7 @@
     status   phase, losses and word error rates so far, time, cost
     logs     what the nodes print; --follow true goes on until the job ends
     stop     let the job save and end
+    release  give back the instances that --keep_alive_seconds keeps
     fetch    adapter, scores and curves into a folder
     prices   renew the price table of a region
 
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, instances, job_report
-from common.aws import NOT_THERE, client, split_uri, told_in_one_line
+from common.aws import NOT_THERE, bucket_region, client, split_uri, told_in_one_line
 from common.cli import UserError
 from common.files import MARKERS, new_folder
 from common.job_check import all_problems
@@ -43,6 +44,8 @@ from common.job_request import (
     build_request,
     ceiling_hours,
     channels,
+    merged,
+    parse_request,
     prepared_s3,
     region_of,
     sweep,
@@ -121,7 +124,8 @@ def submit(args: list[str], command: str, job_class: type[Job]) -> None:
     requests, problems = [], []
     for combination, one in zip(combinations, names, strict=True):
         options = script_options(nested, command, combination, job)
-        requests.append(build(replace(job, role=role_arn(job.role)), options, one))
+        request = build(replace(job, role=role_arn(job.role)), options, one)
+        requests.append(merged(request, parse_request(job.request)))
         problems += all_problems(job, options, requests[-1])
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
@@ -129,11 +133,13 @@ def submit(args: list[str], command: str, job_class: type[Job]) -> None:
     if job.dry_run:
         print(json.dumps(requests if len(requests) > 1 else requests[0], indent=2))
         return
-    send(job, requests)
+    send(job, requests, name)
     print(f"{len(requests)} jobs" if len(requests) > 1 else "1 job", f"started: {name}")
-    print(f"python sagemaker_launch.py status --job {name} --region {region_of(job)}")
+    print(f"python sagemaker_launch.py status --job {name} --region {region_of(job)}", flush=True)
     if isinstance(job, Prepare):
-        print(f"the prepared data will be {prepared_s3(job, name)}")
+        print(f"the prepared data will be {prepared_s3(job, name)}", flush=True)
+    if job.wait:
+        wait(names, region_of(job))
 
 
 def role_arn(role: str) -> str:
@@ -152,11 +158,14 @@ def ceiling(job: Job, num_jobs: int) -> str:
         )
     price, date = found
     spot = ", on demand; spot is cheaper" if getattr(job, "spot", False) else ""
-    return f"cost ceiling: {hours * price:.2f} USD ({told} at {price:g} USD of {date}{spot})"
+    return (
+        f"cost ceiling: {hours * price:.2f} USD ({told} at {price:g} USD of {date}{spot}), "
+        "without disks, S3, data transfer and taxes"
+    )
 
 
-def send(job: Job, requests: list[dict[str, Any]]) -> None:
-    """Look whether role and data are there, then start the jobs."""
+def send(job: Job, requests: list[dict[str, Any]], name: str) -> None:
+    """Look whether role and data are there, then start the jobs, which `name` stands for."""
     region, role = region_of(job), job.role
     with told_in_one_line(f"--role {job.role}"):
         account = client("sts", region).get_caller_identity()["Account"]
@@ -173,14 +182,29 @@ def send(job: Job, requests: list[dict[str, Any]]) -> None:
     with told_in_one_line(f"--output_s3 {job.output_s3}"):
         s3.head_bucket(Bucket=bucket)
     for option, uri, file in inputs(job):
+        require_region(s3, option, uri, region)
         require(s3, option, uri, file)
+    if isinstance(job, Train) and job.checkpoint_s3:
+        require_region(s3, "--checkpoint_s3", job.checkpoint_s3, region)
     sagemaker = client("sagemaker", region)
     create = sagemaker.create_training_job
     if isinstance(job, Prepare):
         create = sagemaker.create_processing_job
+    started: list[str] = []
     for request in requests:
-        with told_in_one_line(f"--name {job.name}"):
-            create(**request)
+        try:
+            with told_in_one_line(f"--name {job.name}"):
+                create(**request)
+        except UserError as error:
+            if not started:
+                raise
+            raise UserError(
+                f"{error}; {len(started)} of {len(requests)} jobs were started before it and are "
+                f"paid for: {', '.join(started)}: end them with python sagemaker_launch.py stop "
+                f"--job {name} --region {region}"
+            ) from error
+        started.append(job_report.name_of(request))
+        print(f"started {started[-1]}", flush=True)
 
 
 def inputs(job: Job) -> Iterator[tuple[str, str, str]]:
@@ -195,10 +219,21 @@ def inputs(job: Job) -> Iterator[tuple[str, str, str]]:
         yield option, uri, RECIPE_NAME if name in ("train", "test") else ""
 
 
+def require_region(s3: Any, option: str, s3_uri: str, region: str) -> None:
+    """Refuse a bucket of another region before any instance is paid."""
+    with told_in_one_line(f"{option} {s3_uri}"):
+        place = bucket_region(s3, split_uri(s3_uri)[0])
+    if place and place != region:
+        raise UserError(
+            f"{option} {s3_uri}: the bucket is in {place}, and SageMaker reads buckets of the "
+            f"job's own region only, {region}: copy it, or push the image to {place}"
+        )
+
+
 def require(s3: Any, option: str, s3_uri: str, file: str) -> None:
     """Refuse a place that is empty, or lacks a file, before any instance is paid."""
     bucket, prefix = split_uri(s3_uri)
-    key = prefix if prefix.endswith(".tar.gz") else f"{prefix}/{file}"
+    key = prefix if prefix.endswith(".tar.gz") else f"{prefix}/{file}".lstrip("/")
     with told_in_one_line(f"{option} {s3_uri}"):
         found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
     if not found:
@@ -260,8 +295,31 @@ def status(args: list[str]) -> None:
     sagemaker, jobs = find_jobs(watch)
     region = sagemaker.meta.region_name
     s3 = client("s3", region)
-    reports = [job_report.report(job, records(s3, job), region) for job in jobs]
+    reports = [
+        job_report.report(job, records(s3, job), region, finished=is_finished(s3, job))
+        for job in jobs
+    ]
     print(job_report.one(reports[0]) if len(reports) == 1 else job_report.several(reports))
+
+
+def is_finished(s3: Any, job: dict[str, Any]) -> bool | None:
+    """Whether a completed training has written train.json; `None` where that says nothing.
+
+    A run that stopped at its own time limit ends as well as one that is through.
+    """
+    place = job.get("CheckpointConfig", {}).get("S3Uri", "")
+    if not place or job_report.state_of(job) != "Completed":
+        return None
+    bucket, prefix = split_uri(place)
+    with told_in_one_line(f"--job {job['TrainingJobName']}: {place}"):
+        try:
+            told = s3.head_object(Bucket=bucket, Key=f"{prefix}/train.json")
+        except s3.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] in NOT_THERE:
+                return False
+            raise
+    started = job.get("CreationTime")  # an older one came with another job's --checkpoint_s3
+    return started is None or told["LastModified"] >= started.replace(microsecond=0)
 
 
 def records(s3: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -286,12 +344,17 @@ def logs(args: list[str]) -> None:
     sagemaker, jobs = find_jobs(config)
     if len(jobs) > 1:
         raise UserError(f"--job {config.job}: is a sweep of {len(jobs)} jobs: give one of them")
-    name, tokens = job_report.name_of(jobs[0]), {}
-    group = f"/aws/sagemaker/{'Training' if 'TrainingJobName' in jobs[0] else 'Processing'}Jobs"
+    show_logs(sagemaker, jobs[0], follow=config.follow)
+
+
+def show_logs(sagemaker: Any, job: dict[str, Any], *, follow: bool) -> None:
+    """Print what the nodes of a job have printed, with `follow` until it ends."""
+    name, tokens = job_report.name_of(job), {}
+    group = f"/aws/sagemaker/{'Training' if 'TrainingJobName' in job else 'Processing'}Jobs"
     events = client("logs", sagemaker.meta.region_name)
     ended_at = None
     while True:
-        with told_in_one_line(f"--job {config.job}"):
+        with told_in_one_line(f"--job {name}"):
             new = sorted(job_report.new_events(events, group, name, tokens))
             state = job_report.state_of(describe(sagemaker, name))
         for _, host, line in new:
@@ -299,13 +362,40 @@ def logs(args: list[str]) -> None:
         if state not in job_report.RUNNING and ended_at is None:
             ended_at = time.monotonic()
         late = ended_at is not None and time.monotonic() - ended_at > LATE_SECONDS
-        if not config.follow or (ended_at is not None and (late or not new)):
+        if not follow or (ended_at is not None and (late or not new)):
             break
         time.sleep(POLL_SECONDS)
     if not tokens:
         print(f"{name} has printed nothing yet", file=sys.stderr)
-    elif config.follow:
+    elif follow:
         print(f"{name}: {state}", file=sys.stderr)
+
+
+def wait(names: list[str], region: str) -> None:
+    """Follow jobs to their end: the log of a single one, the states of several.
+
+    Raises:
+        SystemExit: with 1, unless all have finished.
+    """
+    sagemaker, s3, fates = client("sagemaker", region), client("s3", region), []
+    if len(names) == 1:
+        show_logs(sagemaker, _described(sagemaker, names[0]), follow=True)
+    for name in names:
+        while job_report.state_of(job := _described(sagemaker, name)) in job_report.RUNNING:
+            time.sleep(POLL_SECONDS)
+        fate = job_report.report(job, [], region, finished=is_finished(s3, job))
+        print(f"{name}: {job_report.fate(fate)}", flush=True)
+        fates.append(fate)
+    if any(fate.state != "Completed" or fate.finished is False for fate in fates):
+        sys.exit(1)
+
+
+def _described(sagemaker: Any, name: str) -> dict[str, Any]:
+    with told_in_one_line(f"--job {name}"):
+        job = describe(sagemaker, name)
+    if job is None:
+        raise UserError(f"--job {name}: is not there any more")
+    return job
 
 
 def stop(args: list[str]) -> None:
@@ -321,6 +411,21 @@ def stop(args: list[str]) -> None:
             else:
                 sagemaker.stop_processing_job(ProcessingJobName=name)
         print(f"{name}: stopping; it has two minutes to save")
+
+
+def release(args: list[str]) -> None:
+    """End the billing of instances that are kept after a job."""
+    sagemaker, jobs = find_jobs(cli.parse(Watch, args))
+    for job in jobs:
+        name, pool = job_report.name_of(job), job.get("WarmPoolStatus", {}).get("Status", "")
+        if pool not in job_report.KEPT:
+            print(f"{name}: no instances are kept{f' ({pool})' if pool else ''}")
+            continue
+        with told_in_one_line(f"--job {name}"):
+            sagemaker.update_training_job(
+                TrainingJobName=name, ResourceConfig={"KeepAlivePeriodInSeconds": 0}
+            )
+        print(f"{name}: its instances are kept no longer")
 
 
 # ------ bringing results home
@@ -346,22 +451,29 @@ def fetch_job(s3: Any, job: dict[str, Any], folder: Path) -> set[str]:
     """Download and unpack what a job has written; the names of what lies in `folder` then."""
     place = job.get("CheckpointConfig", {}).get("S3Uri", "")
     if place:
-        bucket, prefix = split_uri(place)
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
-        keys = [one["Key"] for page in pages for one in page.get("Contents", [])]
-        for key in keys:
-            relative = key[len(prefix) + 1 :]
-            target = (folder / relative).resolve()
-            if relative.endswith(MARKERS) or not relative.startswith(FETCHED):
-                continue
-            if target.is_relative_to(folder.resolve()):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                s3.download_file(bucket, key, str(target))
+        download(s3, *split_uri(place), folder, FETCHED)
     bucket, prefix = split_uri(job["OutputDataConfig"]["S3OutputPath"])
-    for archive in ("model.tar.gz", "output.tar.gz"):
-        key = "/".join(filter(None, [prefix, job["TrainingJobName"], "output", archive]))
-        unpack(s3, bucket, key, folder)
+    output = "/".join(filter(None, [prefix, job["TrainingJobName"], "output"]))
+    for name in ("model", "output"):
+        unpack(s3, bucket, f"{output}/{name}.tar.gz", folder)
+        if job["OutputDataConfig"].get("CompressionType") == "NONE":
+            download(s3, bucket, f"{output}/{name}", folder, "")
     return {path.name for path in folder.iterdir()}
+
+
+def download(
+    s3: Any, bucket: str, prefix: str, folder: Path, wanted: str | tuple[str, ...]
+) -> None:
+    """Copy objects below a prefix whose name begins as `wanted`; none lands outside of `folder`."""
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+    for key in [one["Key"] for page in pages for one in page.get("Contents", [])]:
+        relative = key[len(prefix) + 1 :]
+        target = (folder / relative).resolve()
+        if relative.endswith(("/", *MARKERS)) or not relative.startswith(wanted):
+            continue
+        if target.is_relative_to(folder.resolve()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            s3.download_file(bucket, key, str(target))
 
 
 def unpack(s3: Any, bucket: str, key: str, folder: Path) -> None:
@@ -394,7 +506,7 @@ def prices(args: list[str]) -> None:
 
 COMMANDS = {
     "train": train, "eval": evaluate, "prepare": prepare, "status": status, "logs": logs,
-    "stop": stop, "fetch": fetch, "prices": prices,
+    "stop": stop, "release": release, "fetch": fetch, "prices": prices,
 }  # fmt: skip
 
 if __name__ == "__main__":

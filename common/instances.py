@@ -3,18 +3,45 @@
 import datetime
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.files import write_json
 
 TABLE = Path(__file__).with_name("instances.json")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU."""
+
+    name: str
+    gib: float  # of memory, as nvidia-smi shows it
+    capability: float  # CUDA's
+
+
+GPU_OF = {  # by family
+    "p2": Gpu("K80", 11.2, 3.7),
+    "p3": Gpu("V100", 15.8, 7.0),
+    "p3dn": Gpu("V100", 31.7, 7.0),
+    "g4dn": Gpu("T4", 15.0, 7.5),
+    "g5": Gpu("A10G", 22.5, 8.6),
+    "g6": Gpu("L4", 22.5, 8.9),
+    "g6e": Gpu("L40S", 45.0, 8.9),
+    "p4d": Gpu("A100", 40.0, 8.0),
+    "p4de": Gpu("A100", 80.0, 8.0),
+    "p5": Gpu("H100", 79.6, 9.0),
+    "p5e": Gpu("H200", 140.4, 9.0),
+    "p5en": Gpu("H200", 140.4, 9.0),
+}
 # GPUs by family and size, from AWS's pages of instance types; "" is any other size.
 GPUS = {
     "g4dn": {"12xlarge": 4, "metal": 8, "": 1},
     "g5": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8, "": 1},
     "g6": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8, "": 1},
     "g6e": {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8, "": 1},
+    "p2": {"8xlarge": 8, "16xlarge": 16, "": 1},
     "p3": {"8xlarge": 4, "16xlarge": 8, "": 1},
     "p3dn": {"": 8},
     "p4d": {"": 8},

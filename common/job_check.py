@@ -15,8 +15,9 @@ from typing import Any
 
 import regex  # the patterns use Java's \p{L}, which `re` lacks
 
-from common.aws import split_uri
+from common.aws import uri_problem
 from common.instances import num_gpus
+from common.job_fit import unfit
 from common.job_request import (
     Eval,
     Job,
@@ -24,9 +25,9 @@ from common.job_request import (
     Train,
     TrainingJob,
     changed,
-    keep_alive,
     max_wait,
     pairs,
+    parse_request,
     processes,
     region_of,
 )
@@ -35,6 +36,11 @@ CONFIGS = {
     path.stem for path in Path(__file__).parent.parent.joinpath("accelerate_configs").glob("*.yaml")
 }
 SHARDED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")  # cut weights
+MAX_RUN_SECONDS = 28 * 24 * 3600  # of a training job; AWS's model says it in words only
+SET_BY_JOB = (  # variables that docker/sagemaker_entry.py sets over what it finds
+    "HF_TOKEN_FROM", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
+    "ACCELERATE_MIXED_PRECISION", "STOPPED_BY_FILE",
+)  # fmt: skip
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY", re.IGNORECASE)
 TYPES = {
     "string": str, "boolean": bool, "integer": int, "long": int, "float": float, "double": float,
@@ -63,6 +69,13 @@ OF_REQUEST = {  # member of a request -> the option it comes from
     "CheckpointConfig.S3Uri": "--checkpoint_s3",
     "TensorBoardOutputConfig.S3OutputPath": "--tensorboard_s3",
     "RetryStrategy.MaximumRetryAttempts": "--max_retries",
+    "EnableManagedSpotTraining": "--spot",
+    "EnableNetworkIsolation": "--network_isolation",
+    "NetworkConfig.EnableNetworkIsolation": "--network_isolation",
+    "EnableInterContainerTrafficEncryption": "--encrypt_traffic",
+    "NetworkConfig.EnableInterContainerTrafficEncryption": "--encrypt_traffic",
+    "RemoteDebugConfig.EnableRemoteDebug": "--remote_debug",
+    "HyperParameters": "--train.KEY, --eval.KEY",
     "InputDataConfig.DataSource.S3DataSource.S3Uri": "--train_s3, --test_s3, --model_s3",
 } | {
     f"{place}.{member}": option
@@ -80,11 +93,12 @@ OF_REQUEST = {  # member of a request -> the option it comes from
 # ------ what cannot be meant
 
 
-def contradictions(job: Job, options: Any) -> list[str]:
+def contradictions(job: Job, options: Any, request: dict[str, Any]) -> list[str]:
     """Options that SageMaker, or the container, would refuse only after the instances are paid."""
-    found = [*_general(job)]
+    found = [*_general(job, request), *_added(job)]
     if isinstance(job, TrainingJob):
         found += [*_spot(job), *_engine(job, options), *_own_options(job, options)]
+        found += filter(None, [unfit(job, options)])
         if job.network_isolation and not job.model_s3:
             found.append("--network_isolation true: the Hub cannot be reached: give --model_s3")
     if isinstance(job, Eval) and job.adapter_job and job.adapter_s3:
@@ -101,16 +115,33 @@ def contradictions(job: Job, options: Any) -> list[str]:
     return found
 
 
-def _general(job: Job) -> Iterator[str]:
+def _added(job: Job) -> Iterator[str]:
+    """What `--request` may not hold: what has an option, which is checked, priced and obeyed."""
+    for path in _paths(parse_request(job.request)):
+        for member, option in OF_REQUEST.items():
+            if path == member or path.startswith(f"{member}."):
+                yield f"--request {path}: has an option: give {option} instead"
+
+
+def _paths(value: dict[str, Any], start: str = "") -> Iterator[str]:
+    """Every path of a nested dictionary, `a.b.c`."""
+    for key, one in value.items():
+        yield f"{start}{key}"
+        if isinstance(one, dict):
+            yield from _paths(one, f"{start}{key}.")
+
+
+def _general(job: Job, request: dict[str, Any]) -> Iterator[str]:
     for option in ("role", "image_uri", "output_s3"):
         if not getattr(job, option):
             yield f"--{option} is empty: give it"
-    if not getattr(job, INPUTS[type(job)]):
+    own_input = {"InputDataConfig", "ProcessingInputs"} & parse_request(job.request).keys()
+    if not getattr(job, INPUTS[type(job)]) and not own_input:
         yield f"--{INPUTS[type(job)]} is empty: give it"
     for field in dataclasses.fields(job):
         value = getattr(job, field.name)
-        if field.name.endswith("_s3") and value and not split_uri(value)[0]:
-            yield f"--{field.name} {value}: is not in S3: write s3://BUCKET/PREFIX"
+        if field.name.endswith("_s3") and value and (problem := uri_problem(value)):
+            yield f"--{field.name} {value}: {problem}"
     if job.dry_run and job.role and not job.role.startswith("arn:"):
         yield f"--role {job.role}: a name needs IAM to find its ARN: give the ARN for a dry run"
     if job.image_uri and not region_of(job):
@@ -126,7 +157,25 @@ def _general(job: Job) -> Iterator[str]:
             yield f"--{option} {getattr(job, option)}: give 1 or more"
     if bool(job.subnets) != bool(job.security_groups):
         yield "--subnets and --security_groups go together: give both, or neither"
+    if job.max_run_seconds > MAX_RUN_SECONDS:
+        yield f"--max_run_seconds {job.max_run_seconds}: give at most {MAX_RUN_SECONDS}, 28 days"
+    for key in pairs(job.tags, "--tags"):
+        if key.lower().startswith("aws:"):
+            yield f"--tags {key}: AWS keeps names that begin with aws: for itself: take another"
+    cluster = request.get("ResourceConfig") or request["ProcessingResources"]["ClusterConfig"]
+    if "alias/" in cluster.get("VolumeKmsKeyId", ""):
+        yield (
+            f"--kms_key {job.kms_key}: the disk of {job.instance_type} takes a key's id or ARN, no "
+            f"alias: give what `aws kms describe-key --key-id {job.kms_key}` answers as Arn"
+        )
+    if job.network_isolation and job.hf_token_from:
+        yield (
+            f"--hf_token_from {job.hf_token_from.partition(':')[0]}: cannot be read with "
+            "--network_isolation true: leave one out"
+        )
     for name in pairs(job.environment, "--environment"):
+        if name.startswith("LAUNCH_") or name in SET_BY_JOB:
+            yield f"--environment {name}: is set by the job: leave it out"
         if SECRET_NAMES.search(name):
             yield (
                 f"--environment {name}: everybody who may look at the job reads it: keep it in "
@@ -140,7 +189,7 @@ def _general(job: Job) -> Iterator[str]:
 
 
 def _spot(job: TrainingJob) -> Iterator[str]:
-    if job.spot and keep_alive(job):
+    if job.spot and job.keep_alive_seconds:
         yield (
             f"--keep_alive_seconds {job.keep_alive_seconds}: spot instances cannot be kept: "
             "leave it out, or --spot false"
@@ -203,13 +252,14 @@ def _own_options(job: TrainingJob, options: Any) -> Iterator[str]:
 def all_problems(job: Job, options: Any, request: dict[str, Any]) -> list[str]:
     """Contradictions, then what AWS's own model refuses and they have not named."""
     operation = "CreateProcessingJob" if isinstance(job, Prepare) else "CreateTrainingJob"
-    found = contradictions(job, options)
+    found = contradictions(job, options, request)
     named = {problem.split()[0].rstrip(":") for problem in found}
     prefix = {Train: "train", Eval: "eval"}.get(type(job), "")
     options_of = OF_REQUEST | {
         f"HyperParameters.{key}": f"--{prefix}.{key}" for key in request.get("HyperParameters", {})
     }
     options_of["InputDataConfig"] = f"--{INPUTS[type(job)]}"
+    options_of |= {path: f"--request {path}" for path in _paths(parse_request(job.request))}
     options_of |= {f"Environment.{key}": "--environment" for key in request.get("Environment", {})}
     found += [
         problem
@@ -255,7 +305,8 @@ def _walk(shape: Any, value: Any, path: str, options: Mapping[str, str]) -> Iter
             yield f"{options.get(below + missing, below + missing)}: is missing: give it"
         for key, one in value.items():
             if key not in shape.members:
-                yield f"{below}{key}: AWS knows no such member{_closest(key, shape.members)}"
+                unknown = options.get(below + key, below + key)
+                yield f"{unknown}: AWS knows no such member{_closest(key, shape.members)}"
             else:
                 yield from _walk(shape.members[key], one, below + key, options)
     elif shape.type_name == "map":

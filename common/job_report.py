@@ -8,6 +8,7 @@ from typing import Any
 from common.instances import price
 
 RUNNING = ("InProgress", "Stopping")
+KEPT = ("Available", "InUse")  # instances that stay, or will, until their time is up
 SHOWN_ROWS = 12  # of a curve
 CURVE = ("step", "loss", "eval_loss", "wer_raw", "cer_raw", "clips_per_second")
 
@@ -30,6 +31,10 @@ class Report:
     saving: float | None  # share that spot saved
     is_spot: bool
     interruptions: int  # times that a spot instance was taken away
+    finished: bool | None  # of a completed training, whether it was through; None: not known
+    pool: str  # instances kept after the job: Available, Terminated, Reused, InUse
+    pool_seconds: float  # of each that are billed
+    pool_cost: float | None  # USD, all instances
 
 
 def name_of(job: dict[str, Any]) -> str:
@@ -40,7 +45,13 @@ def state_of(job: dict[str, Any]) -> str:
     return job.get("TrainingJobStatus") or job["ProcessingJobStatus"]
 
 
-def report(job: dict[str, Any], records: list[dict[str, Any]], region: str) -> Report:
+def report(
+    job: dict[str, Any],
+    records: list[dict[str, Any]],
+    region: str,
+    *,
+    finished: bool | None = None,
+) -> Report:
     """Gather what the description of a job and its metrics.jsonl say."""
     cluster = job.get("ResourceConfig") or job.get("ProcessingResources", {}).get(
         "ClusterConfig", {}
@@ -57,6 +68,8 @@ def report(job: dict[str, Any], records: list[dict[str, Any]], region: str) -> R
     saving = 1 - billable / seconds if is_spot and billable is not None and seconds else None
     billable = seconds if billable is None else billable
     found = price(kind, region)
+    pool = job.get("WarmPoolStatus", {})
+    kept = pool.get("ResourceRetainedBillableTimeInSeconds", 0)
     return Report(
         name=name_of(job),
         state=state_of(job),
@@ -74,7 +87,18 @@ def report(job: dict[str, Any], records: list[dict[str, Any]], region: str) -> R
         interruptions=sum(
             one["Status"] == "Interrupted" for one in job.get("SecondaryStatusTransitions", [])
         ),
+        finished=finished,
+        pool=pool.get("Status", ""),
+        pool_seconds=kept,
+        pool_cost=None if found is None else kept / 3600 * count * found[0],
     )
+
+
+def fate(told: Report) -> str:
+    """State in words; SageMaker's Completed says that the container ended well, no more."""
+    if told.state == "Completed" and told.finished is False:
+        return "Completed, not finished: start it again with --checkpoint_s3 of this job"
+    return told.state
 
 
 def newest(told: Report) -> dict[str, float]:
@@ -88,7 +112,7 @@ def newest(told: Report) -> dict[str, float]:
 def one(told: Report) -> str:
     """A job for people."""
     phase = f", {told.phase}" if told.phase not in ("", told.state) else ""
-    lines = [f"{told.name}: {told.state}{phase}", f"instances  {told.instances}"]
+    lines = [f"{told.name}: {fate(told)}{phase}", f"instances  {told.instances}"]
     if told.failure:
         lines.append(f"failure    {told.failure}")
     if told.billable_seconds is not None:
@@ -102,6 +126,13 @@ def one(told: Report) -> str:
         lines.append(f"spot       interrupted {told.interruptions} times")
     if told.saving is not None:
         lines.append(f"spot       saved {100 * told.saving:.0f} %")
+    if told.pool and told.pool != "InUse":
+        lines.append(
+            f"kept       {told.pool}, billable {told.pool_seconds:,.0f} s an instance, "
+            f"{_usd(told.pool_cost)} more"
+        )
+    if told.pool == "Available":
+        lines.append("           python sagemaker_launch.py release ends it")
     if told.records:
         lines += ["", *curve(told.records)]
     elif told.metrics:
@@ -140,7 +171,7 @@ def several(reports: list[Report]) -> str:
         rows.append(
             [
                 told.name,
-                told.state,
+                fate(told).partition(":")[0],
                 *(told.options.get(key, "default") for key in differing),
                 *("" if one is None else f"{one:.5g}" for one in numbers),
                 _usd(told.cost),

@@ -6,6 +6,7 @@ The container reads what is set here in docker/sagemaker_entry.py.
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from common.cli import UserError
 from common.instances import has_local_disk, num_gpus
 
 SPOT_SAVE_MINUTES = 10  # between checkpoints of a spot job, if nothing else is asked for
-WARM_SECONDS = 1800  # that instances stay after a job, if nothing else is asked for
 WAIT_FACTOR = 2  # a spot job may wait for instances as long as it may run
 CHECKPOINT_DIR = "/opt/ml/checkpoints"  # SageMaker copies it to S3 while the job runs, and back
 PROCESSING_DIR = "/opt/ml/processing"
@@ -60,6 +60,8 @@ class Job:
     kms_key: str = ""  # key for results, and for the disk where SageMaker allows it
     encrypt_traffic: bool = False  # between the nodes; slower
     network_isolation: bool = False  # no network in the container; needs --model_s3
+    request: str = ""  # JSON that is merged into the request, for what has no option here
+    wait: bool = False  # follow the job to its end; exit code 1 unless it has finished
     dry_run: bool = False  # print the request and what it may cost; nothing is sent
 
 
@@ -74,7 +76,7 @@ class TrainingJob(Job):
     processes_per_host: int = 0  # 0: one a GPU
     spot: bool = False  # cheaper instances that may be taken away; saves every 10 minutes
     max_wait_seconds: int = 0  # with --spot, run and waiting together; 0: twice --max_run_seconds
-    keep_alive_seconds: int = -1  # instances kept for a next job; -1: 1800, with --spot 0
+    keep_alive_seconds: int = 0  # instances kept for a next job, and billed, however it ends
     max_retries: int = 0  # SageMaker starts again after a failure of its own
     remote_debug: bool = False  # allow a shell in the container through AWS Systems Manager
 
@@ -117,6 +119,8 @@ def pairs(text: str, option: str) -> dict[str, str]:
         name, equals, value = part.partition("=")
         if not equals or not name:
             raise UserError(f"{option} {text}: {part!r} is not NAME=VALUE: write NAME=VALUE,...")
+        if name in found:
+            raise UserError(f"{option} {text}: {name} stands there twice: keep one")
         found[name] = value
     return found
 
@@ -136,13 +140,6 @@ def processes(job: TrainingJob) -> int | None:
     gpus = num_gpus(job.instance_type)
     per_host = job.processes_per_host or (None if gpus is None else max(gpus, 1))
     return None if per_host is None else per_host * job.instance_count
-
-
-def keep_alive(job: TrainingJob) -> int:
-    """Seconds that instances are kept after the job."""
-    if job.keep_alive_seconds >= 0:
-        return job.keep_alive_seconds
-    return 0 if job.spot else WARM_SECONDS
 
 
 def max_wait(job: TrainingJob) -> int:
@@ -200,6 +197,35 @@ def metric_definitions(job: TrainingJob) -> list[dict[str, str]]:
 # ------ requests
 
 
+def parse_request(text: str) -> dict[str, Any]:
+    """What `--request` adds."""
+    try:
+        added = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"--request {text}: is not JSON ({error}): write '{{...}}'") from error
+    if not isinstance(added, dict):
+        raise UserError(f"--request {text}: is no JSON object: write '{{\"MEMBER\": ...}}'")
+    return added
+
+
+def merged(request: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    """JSON Merge Patch (RFC 7386): objects are merged, null removes, all else replaces.
+
+    >>> merged({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": None, "e": 3}, "d": [2]})
+    {'a': {'c': 2, 'e': 3}, 'd': [2]}
+    """
+    result = dict(request)
+    for key, value in added.items():
+        if isinstance(value, dict):
+            before = result.get(key)
+            result[key] = merged(before if isinstance(before, dict) else {}, value)
+        elif value is None:
+            result.pop(key, None)
+        else:
+            result[key] = value
+    return result
+
+
 def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
     """The CreateTrainingJob request.
 
@@ -215,13 +241,15 @@ def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
         environment["LAUNCH_PROCESSES_PER_HOST"] = str(job.processes_per_host)
     if job.stage_to_local:
         environment["LAUNCH_STAGE"] = "true"
+    if job.spot:
+        environment["LAUNCH_SPOT"] = "true"
     resources = {
         "InstanceType": job.instance_type,
         "InstanceCount": job.instance_count,
         "VolumeSizeInGB": job.volume_gb,
     }
-    if keep_alive(job):
-        resources["KeepAlivePeriodInSeconds"] = keep_alive(job)
+    if job.keep_alive_seconds:
+        resources["KeepAlivePeriodInSeconds"] = job.keep_alive_seconds
     if job.kms_key and not has_local_disk(job.instance_type):
         resources["VolumeKmsKeyId"] = job.kms_key
     stopping = {"MaxRuntimeInSeconds": job.max_run_seconds}
@@ -253,7 +281,10 @@ def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
     }
     if isinstance(job, Train):
         checkpoint_s3 = job.checkpoint_s3 or f"{job.output_s3.rstrip('/')}/{name}/checkpoints"
-        request["CheckpointConfig"] = {"S3Uri": checkpoint_s3, "LocalPath": CHECKPOINT_DIR}
+        request["CheckpointConfig"] = {
+            "S3Uri": _folder(checkpoint_s3),
+            "LocalPath": CHECKPOINT_DIR,
+        }
         if job.tensorboard_s3:
             request["TensorBoardOutputConfig"] = {
                 "LocalPath": f"{CHECKPOINT_DIR}/tensorboard",
@@ -379,5 +410,5 @@ def _key(job: Job, member: str) -> dict[str, str]:
 
 def ceiling_hours(job: Job) -> float:
     """Instance hours that a job can be billed for at most, those of kept instances included."""
-    warm = keep_alive(job) if isinstance(job, TrainingJob) else 0
+    warm = job.keep_alive_seconds if isinstance(job, TrainingJob) else 0
     return math.fsum((job.max_run_seconds, warm)) / 3600 * job.instance_count

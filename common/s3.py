@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.aws import split_uri
+from common import aws
+from common.aws import split_uri, uri_problem
 from common.cli import UserError
 
 
@@ -100,21 +101,20 @@ def _opened(s3_uri: str) -> Iterator[tuple[Any, str, str]]:
 
 
 def _bucket_and_prefix(s3_uri: str) -> tuple[str, str]:
+    problem = uri_problem(s3_uri)
+    if problem:
+        raise UserError(f"--s3_uri {s3_uri} {problem}")
     bucket, prefix = split_uri(s3_uri)
-    if not bucket:
-        raise UserError(f"--s3_uri {s3_uri} is not an S3 URI: write s3://BUCKET/PREFIX")
     return bucket, f"{prefix}/" if prefix else ""
 
 
 def _client(s3_uri: str) -> Any:
-    import boto3
-
-    session = boto3.Session()
-    if session.get_credentials() is None:
+    settings = aws.session()
+    if settings.get_credentials() is None:
         raise UserError(
             f"--s3_uri {s3_uri}: no AWS credentials found: set AWS_PROFILE or run `aws configure`"
         )
-    return session.client("s3", region_name=session.region_name or "us-east-1")
+    return settings.client("s3", region_name=settings.region_name or "us-east-1")
 
 
 def _refuse_other_dataset(client: Any, bucket: str, key: str, recipe: Path, s3_uri: str) -> None:

@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 import boto3
 import pytest
 from moto.core.responses import ActionResult
-from moto.sagemaker.exceptions import AWSValidationException
+from moto.sagemaker.exceptions import AWSValidationException, SagemakerClientError
 from moto.sagemaker.responses import SageMakerResponse
 from moto.server import ThreadedMotoServer
 
@@ -28,16 +28,30 @@ ROLE_ARN = f"arn:aws:iam::{ACCOUNT}:role/{ROLE}"
 IMAGE = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/whisper-lora:latest"
 
 
+class QuotaError(SagemakerClientError):
+    """A quota is used up."""
+
+    code = "ResourceLimitExceeded"
+
+
 @dataclass
 class Aws:
     """What a test may look at and change."""
 
     session: boto3.Session
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)  # as Describe answers them
+    quota: int = 100  # instances that may run at once
 
     def set(self, name: str, **members: Any) -> None:
         """Let time pass: the job is now so."""
         self.jobs[name] |= members
+
+    def end(self, name: str, state: str, **members: Any) -> None:
+        """The job ends; instances are kept, and billed, whatever its fate."""
+        self.set(name, TrainingJobStatus=state, SecondaryStatus=state, **members)
+        if self.jobs[name]["ResourceConfig"].get("KeepAlivePeriodInSeconds"):
+            pool = {"Status": "Available", "ResourceRetainedBillableTimeInSeconds": 0}
+            self.set(name, WarmPoolStatus=pool)
 
     def put(self, key: str, text: str | bytes = "x") -> None:
         """An object in the bucket."""
@@ -81,11 +95,18 @@ def refusals(aws: Aws, operation: str, request: dict[str, Any]) -> list[str]:
     places += [one["S3Input"]["S3Uri"] for one in request.get("ProcessingInputs", [])]
     for place in places:
         parts = urlsplit(place)
-        listed = aws.session.client("s3").list_objects_v2(
-            Bucket=parts.netloc, Prefix=parts.path.lstrip("/")
-        )
+        s3 = aws.session.client("s3")
+        if "//" in parts.path:
+            found.append(f"{place!r} has an illegal char sub-sequence '//'")
+        listed = s3.list_objects_v2(Bucket=parts.netloc, Prefix=parts.path[1:])
         if not listed["KeyCount"]:
             found.append(f"No S3 objects found under S3 URL {place!r}")
+        headers = s3.head_bucket(Bucket=parts.netloc)["ResponseMetadata"]["HTTPHeaders"]
+        if headers["x-amz-bucket-region"] != REGION:
+            found.append(f"The bucket of {place!r} is not in {REGION}")
+    cluster = request.get("ResourceConfig") or request["ProcessingResources"]["ClusterConfig"]
+    if "alias/" in cluster.get("VolumeKmsKeyId", ""):
+        found.append("VolumeKmsKeyId must be the id or the ARN of a key")
     if operation == "CreateTrainingJob":
         spot, stopping = request.get("EnableManagedSpotTraining"), request["StoppingCondition"]
         if spot and request["ResourceConfig"].get("KeepAlivePeriodInSeconds"):
@@ -106,6 +127,9 @@ def _patches(aws: Aws) -> dict[str, Any]:
             found = refusals(aws, operation, request)
             if found:
                 raise AWSValidationException("; ".join(found))
+            states = [job.get(f"{kind}JobStatus") for job in aws.jobs.values()]
+            if states.count("InProgress") >= aws.quota:
+                raise QuotaError(f"The account-level service limit is {aws.quota}")
             name = request[f"{kind}JobName"]
             now = datetime.datetime.now(datetime.UTC)
             arn = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:{kind.lower()}-job/{name}"
@@ -140,6 +164,17 @@ def _patches(aws: Aws) -> dict[str, Any]:
         job[f"{kind}JobStatus"] = "Stopping"
         return ActionResult({})
 
+    def update_training(self: SageMakerResponse) -> ActionResult:
+        asked, job = json.loads(self.body), known(self, "Training")
+        found = job_check.problems("UpdateTrainingJob", asked)
+        if job.get("WarmPoolStatus", {}).get("Status") not in ("Available", "InUse"):
+            found.append("The request was rejected: no instances are kept")
+        if found:
+            raise AWSValidationException("; ".join(found))
+        if asked["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 0:
+            job["WarmPoolStatus"]["Status"] = "Terminated"
+        return ActionResult({"TrainingJobArn": job["TrainingJobArn"]})
+
     def list_training(self: SageMakerResponse) -> ActionResult:
         asked = json.loads(self.body)
         kept = [one for name, one in aws.jobs.items() if asked.get("NameContains", "") in name]
@@ -155,6 +190,7 @@ def _patches(aws: Aws) -> dict[str, Any]:
         "stop_training_job": lambda self: stop(self, "Training"),
         "stop_processing_job": lambda self: stop(self, "Processing"),
         "list_training_jobs": list_training,
+        "update_training_job": update_training,
     }
 
 

@@ -1,20 +1,21 @@
 """Requests to SageMaker: golden ones, AWS's own limits, contradictions, metrics, prices."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
 
 import launch
 import pytest
+import torch
 from strict_aws import BUCKET, IMAGE, ROLE_ARN
 from training import small_options, train
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import eval_wer
 import preprocess
 import sagemaker_launch
 import train_lora
-from common import cli, instances, job_check, job_request
+from common import cli, instances, job_check, job_fit, job_request
 from common.job_request import Eval, Prepare, Train, build_request
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,7 +41,7 @@ def problems(options=None, **more):
 # ------ golden requests
 
 ORIGINAL = {
-    "instance_type": "ml.g5.2xlarge", "input_mode": "FastFile",
+    "instance_type": "ml.g5.2xlarge", "input_mode": "FastFile", "keep_alive_seconds": 1800,
     "environment": "WANDB_DISABLED=true",
 }  # fmt: skip
 ORIGINAL_OPTIONS = {
@@ -71,7 +72,8 @@ REQUESTS = {
     ),
     "prepare": lambda: job_request.build_processing_request(
         Prepare(
-            **BASE, source_s3=f"s3://{BUCKET}/raw/mr", instance_count=4, kms_key="alias/speech"
+            **BASE, source_s3=f"s3://{BUCKET}/raw/mr", instance_count=4,
+            kms_key="1234abcd-12ab-34cd-56ef-1234567890ab",
         ),
         preprocess.Config(language="mr", model="openai/whisper-large-v2"), NAME,
     ),
@@ -138,6 +140,26 @@ def test_instances_with_their_own_disk_get_no_volume_key():
     ] == "k"  # fmt: skip
 
 
+@pytest.mark.parametrize("option", ["environment", "tags"])
+def test_a_name_that_is_given_twice_is_refused(option):
+    with pytest.raises(cli.UserError, match=f"--{option} A=1,A=2: A stands there twice: keep one"):
+        train_request(**{option: "A=1,A=2"})
+
+
+def test_checkpoints_end_in_a_slash_because_their_prefix_matches_its_neighbours():
+    given = train_request(checkpoint_s3=f"s3://{BUCKET}/whisper/a/checkpoints")
+    assert given["CheckpointConfig"]["S3Uri"] == f"s3://{BUCKET}/whisper/a/checkpoints/"
+    own = train_request()["CheckpointConfig"]["S3Uri"]
+    assert own == f"s3://{BUCKET}/whisper/{NAME}/checkpoints/"
+
+
+def test_an_alias_is_a_key_for_results_but_not_for_a_disk():
+    assert not problems(kms_key="alias/speech"), "an instance type with its own disk"
+    assert len(problems(kms_key="alias/speech", instance_type="ml.m5.xlarge")) >= 1
+    key = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    assert not [one for one in problems(kms_key=key, instance_type="ml.m5.xlarge") if "kms" in one]
+
+
 def test_a_spot_job_saves_by_the_clock_unless_told_how_often():
     assert train_request(spot=True)["HyperParameters"] == {"save_every_minutes": "10"}
     often = train_request({"save_every_minutes": 2.0}, spot=True)["HyperParameters"]
@@ -163,7 +185,23 @@ WRONG = [
     ({"role": ""}, "--role is empty"),
     ({"role": "x", "dry_run": True}, "--role x: a name needs IAM"),
     ({"train_s3": ""}, "--train_s3 is empty"),
-    ({"train_s3": "bucket/prepared"}, "--train_s3 bucket/prepared: is not in S3"),
+    ({"train_s3": "bucket/prepared"}, "--train_s3 bucket/prepared: is not an S3 URI: write s3://"),
+    ({"train_s3": "s3://my-bucket/shared//prepared"}, "write s3://my-bucket/shared/prepared"),
+    ({"train_s3": "s3://my-bucket//prepared"}, "write s3://my-bucket/prepared"),
+    ({"output_s3": "s3://my-bucket/whisper//"}, "write s3://my-bucket/whisper"),
+    ({"checkpoint_s3": "s3://My_Bucket/x"}, "--checkpoint_s3 s3://My_Bucket/x: My_Bucket is no bu"),
+    ({"train_s3": "s3://10.0.0.1/x"}, "10.0.0.1 is no bucket's name"),
+    ({"kms_key": "alias/speech", "instance_type": "ml.m5.xlarge"}, "takes a key's id or ARN, no"),
+    (
+        {"hf_token_from": "ssm:hf", "network_isolation": True, "model_s3": "s3://my-bucket/m"},
+        "--hf_token_from ssm: cannot be read with --network_isolation true",
+    ),
+    ({"environment": "LAUNCH_SCRIPT=x.py"}, "--environment LAUNCH_SCRIPT: is set by the job: leav"),
+    ({"environment": "NCCL_SOCKET_IFNAME=lo"}, "--environment NCCL_SOCKET_IFNAME: is set by the j"),
+    ({"max_run_seconds": 2_419_201}, "--max_run_seconds 2419201: give at most 2419200, 28 days"),
+    ({"tags": "aws:owner=a"}, "--tags aws:owner: AWS keeps names that begin with aws: for itself"),
+    ({"tags": ",".join(f"k{i}=v" for i in range(51))}, "51 entries, AWS takes at most 50"),
+    ({"name": "x" * 50}, "does not match [a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}"),
     ({"region": "eu-west-1"}, "--region eu-west-1: the image lies in us-east-1"),
     ({"image_uri": "whisper:latest"}, "--region is empty and --image_uri whisper:latest names"),
     ({"subnets": "subnet-1"}, "--subnets and --security_groups go together"),
@@ -240,6 +278,68 @@ def test_processing_has_no_fastfile():
     request["ProcessingInputs"][0]["S3Input"]["S3InputMode"] = "FastFile"
     (problem,) = job_check.problems("CreateProcessingJob", request)
     assert "FastFile: AWS knows no such value" in problem
+
+
+# ------ what an instance type can run
+
+BIG = {"model": "openai/whisper-large-v3"}
+UNFIT = [
+    ("ml.p2.xlarge", {}, "its K80 (compute capability 3.7) is older than torch for CUDA 13"),
+    ("ml.p3.2xlarge", {}, "its V100 (compute capability 7.0) is older than torch for CUDA 13"),
+    ("ml.trn1.2xlarge", {}, "has AWS's own chips instead of GPUs"),
+    ("ml.p6e-gb200.36xlarge", {}, "has an Arm CPU"),
+    ("ml.m5.4xlarge", BIG, "has no GPU, and openai/whisper-large-v3 has 1,550 million parameters"),
+    (
+        "ml.g5.2xlarge",
+        BIG | {"tune": "full", "learning_rate": 1e-5},
+        "openai/whisper-large-v3 with --train.tune full does not fit its A10G: one clip takes ",
+    ),
+    ("ml.g4dn.xlarge", BIG | {"tune": "encoder_frozen", "learning_rate": 1e-5}, "not fit its T4"),
+]
+FIT = [
+    ("ml.g5.2xlarge", BIG),
+    ("ml.g4dn.xlarge", BIG),
+    ("ml.m5.4xlarge", {"model": "openai/whisper-tiny"}),
+    ("ml.g5.2xlarge", {"model": "openai/whisper-small", "tune": "full", "learning_rate": 1e-5}),
+    ("ml.p4d.24xlarge", BIG | {"tune": "full", "learning_rate": 1e-5}),
+    ("ml.g5.2xlarge", {"model": "somebody/else", "tune": "full", "learning_rate": 1e-5}),
+    ("ml.g7e.2xlarge", BIG | {"tune": "full", "learning_rate": 1e-5}),  # not known
+]
+
+
+@pytest.mark.parametrize(("instance_type", "options", "message"), UNFIT)
+def test_an_instance_type_that_cannot_run_the_job_is_refused(instance_type, options, message):
+    (found,) = problems(options, instance_type=instance_type)
+    assert found.startswith(f"--instance_type {instance_type}: ")
+    assert message in found
+    assert ": give ml." in found
+
+
+@pytest.mark.parametrize(("instance_type", "options"), FIT)
+def test_an_instance_type_that_can_or_is_not_known_is_taken(instance_type, options):
+    assert problems(options, instance_type=instance_type) == []
+
+
+def test_the_size_of_a_model_is_read_from_its_folder_or_its_name(checkpoint):
+    assert job_fit.shape_of("openai/whisper-large-v3-turbo").decoder_layers == 4
+    assert job_fit.shape_of("openai/whisper-small.en") == job_fit.SHAPES["small"]
+    assert job_fit.shape_of("somebody/whisper-large-v3-hi") is None
+    found = job_fit.shape_of(str(checkpoint))
+    assert (found.encoder_layers, found.decoder_layers) == (2, 2)
+
+
+@pytest.mark.parametrize("name", job_fit.SHAPES)
+def test_sizes_by_name_agree_with_transformers(name):
+    shape = job_fit.SHAPES[name]
+    config = WhisperConfig(
+        d_model=shape.width, encoder_layers=shape.encoder_layers, vocab_size=51_865,
+        decoder_layers=shape.decoder_layers, encoder_ffn_dim=4 * shape.width,
+        decoder_ffn_dim=4 * shape.width, encoder_attention_heads=1, decoder_attention_heads=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(config)
+    counted = sum(one.numel() for one in model.parameters())
+    assert shape.parameters == pytest.approx(counted, rel=0.05)
 
 
 # ------ sweeps
@@ -322,9 +422,16 @@ def test_an_unknown_price_stays_unknown():
     assert told.startswith("cost ceiling: unknown")
 
 
+@pytest.mark.parametrize("job", [Train, Eval, Prepare])
+def test_the_default_instance_type_has_a_price(job):
+    assert instances.price(job().instance_type, "us-east-1")
+
+
 def test_the_ceiling_counts_every_instance_job_and_the_kept_ones():
-    told = sagemaker_launch.ceiling(train_job(instance_count=2, max_run_seconds=3600), 4)
+    kept = train_job(instance_count=2, max_run_seconds=3600, keep_alive_seconds=1800)
+    told = sagemaker_launch.ceiling(kept, 4)
     assert told.startswith(f"cost ceiling: {4 * 2 * 1.5 * 1.515:.2f} USD (4 x 2 x ml.g5.2xlarge")
+    assert told.endswith("without disks, S3, data transfer and taxes")
     spot = train_job(spot=True, max_run_seconds=3600)
     assert "cost ceiling: 1.51 USD" in sagemaker_launch.ceiling(spot, 1)
     assert "spot is cheaper" in sagemaker_launch.ceiling(spot, 1)
@@ -353,7 +460,6 @@ def test_every_instance_type_with_a_price_is_one_that_sagemaker_has():
 
 def test_defaults_are_those_of_the_original_recipe():
     job = Train()
-    assert (job.volume_gb, job_request.keep_alive(job), job.input_mode) == (200, 1800, "File")
-    assert dataclasses.replace(job, spot=True).keep_alive_seconds == -1
-    assert job_request.keep_alive(dataclasses.replace(job, spot=True)) == 0
+    assert (job.volume_gb, job.max_run_seconds, job.input_mode) == (200, 86_400, "File")
+    assert job.keep_alive_seconds == 0, "which they had at 1800: it is billed"
     assert launch.ROOT.joinpath("accelerate_configs", "multi_node.yaml").exists()

@@ -566,6 +566,8 @@ def test_two_runs_do_not_write_the_same_output(tmp_path):
         ({"source": "nowhere"}, "--source nowhere does not exist"),
         ({"model": "./nowhere"}, "--model ./nowhere does not exist: give a checkpoint folder"),
         ({"s3_uri": "bucket/prefix"}, "--s3_uri bucket/prefix is not an S3 URI: write s3://"),
+        ({"s3_uri": "s3://my-bucket/shared//mr"}, "write s3://my-bucket/shared/mr"),
+        ({"s3_uri": "s3://My_Bucket/mr"}, "--s3_uri s3://My_Bucket/mr My_Bucket is no bucket"),
         ({"language": "yue"}, "--language yue .* is not among the languages of --model"),
     ],
 )

@@ -63,7 +63,8 @@ def test_the_option_table_is_the_dataclass(script):
 JOBS = {
     "all jobs": job_request.Job, "`train`, `eval`": job_request.TrainingJob,
     "`train`": job_request.Train, "`eval`": job_request.Eval, "`prepare`": job_request.Prepare,
-    "`status`, `logs`, `stop`, `fetch`": sagemaker_launch.Watch, "`logs`": sagemaker_launch.Logs,
+    "`status`, `logs`, `stop`, `release`, `fetch`": sagemaker_launch.Watch,
+    "`logs`": sagemaker_launch.Logs,
     "`fetch`": sagemaker_launch.Fetch, "`prices`": sagemaker_launch.Prices,
 }  # fmt: skip
 

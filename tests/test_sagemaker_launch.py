@@ -35,6 +35,9 @@ def aws():
     with strict_aws() as one:
         one.put("prepared/preprocess.json", "{}")
         one.put("raw/mr/train.tsv", "")
+        elsewhere = {"LocationConstraint": "eu-central-1"}
+        client = one.session.client("s3")
+        client.create_bucket(Bucket="frankfurt", CreateBucketConfiguration=elsewhere)
         yield one
 
 
@@ -55,7 +58,7 @@ def the_job(aws):
 def test_a_training_job_is_started_as_the_dry_run_showed_it(aws, capsys):
     call("train", **TRAIN, dry_run="true", train__num_epochs=5)
     out, err = capsys.readouterr()
-    assert err.startswith("cost ceiling: 37.12 USD"), err
+    assert err.startswith("cost ceiling: 36.36 USD"), err
     shown = json.loads(out)
     assert not aws.jobs
     call("train", **TRAIN, train__num_epochs=5)
@@ -97,6 +100,11 @@ def test_a_roles_name_is_looked_up(aws):
         ),
         ({"train_s3": "s3://nobody/x"}, "--train_s3 s3://nobody/x: AWS answers: "),
         ({"output_s3": "s3://nobody/x"}, "--output_s3 s3://nobody/x: AWS answers: "),
+        (
+            {"train_s3": "s3://frankfurt/p"},
+            "--train_s3 s3://frankfurt/p: the bucket is in eu-centr",
+        ),
+        ({"checkpoint_s3": "s3://frankfurt/p"}, "--checkpoint_s3 s3://frankfurt/p: the bucket is "),
         ({"model_s3": f"s3://{BUCKET}/base"}, "--model_s3 s3://example-bucket/base: is empty"),
         ({"role": "nobody"}, "--role nobody: AWS answers: "),
         ({"role": "arn:aws:iam::123456789012:role/nobody"}, "AWS answers: .*Could not assume role"),
@@ -117,6 +125,28 @@ def test_a_mistake_is_told_before_anything_is_started(aws, wrong, message):
     assert "\n" not in str(error.value)
     assert re.search(message.replace("?", r"\?"), str(error.value)), error
     assert not aws.jobs
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "message"),
+    [
+        (
+            {"AWS_PROFILE": "nobody"},
+            [],
+            "error: AWS_PROFILE nobody: The config profile (nobody) co",
+        ),
+        ({}, ["--region", "us east"], "error: --region us east: Provided region_name 'us east' do"),
+        ({}, [], "error: --region is empty and AWS's settings name none: give one: us-east-1"),
+    ],
+)
+def test_a_mistake_in_awss_own_settings_is_told_in_one_line(variables, words, message):
+    offline = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "AWS_EC2_METADATA_DISABLED": "true"}
+    done = subprocess.run(
+        [sys.executable, "sagemaker_launch.py", "status", "--job", "x", *words],
+        cwd=launch.ROOT, env=offline | variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(message)
 
 
 def test_an_unknown_command_is_answered_with_the_nearest():
@@ -155,7 +185,7 @@ def test_status_shows_phase_curve_time_cost_and_the_saving_of_spot(aws, capsys):
     told = capsys.readouterr().out
     assert f"{name}: InProgress, Training" in told
     assert "instances  2 x ml.g5.2xlarge" in told
-    assert "cost       3.03 USD so far at most (spot)" in told
+    assert re.search(r"cost       3\.[01]\d USD so far at most \(spot\)", told), "an hour and more"
     assert [line.split() for line in told.splitlines() if line.split()[:1] == ["20"]] == [
         ["20", "1.25", "1.5", "68.75", "28.5", "9.5"]
     ]
@@ -166,6 +196,10 @@ def test_status_shows_phase_curve_time_cost_and_the_saving_of_spot(aws, capsys):
             {"Status": status, "StartTime": started} for status in ("Training", "Interrupted")
         ],
     )  # fmt: skip
+    call("status", job=name)
+    told = capsys.readouterr().out
+    assert f"{name}: Completed, not finished: start it again with --checkpoint_s3" in told
+    aws.put(f"whisper/{name}/checkpoints/train.json", "{}")
     call("status", job=name)
     told = capsys.readouterr().out
     assert f"{name}: Completed\n" in told
@@ -210,6 +244,30 @@ def test_a_sweep_is_a_job_each_under_one_name_and_status_compares_them(aws, caps
     assert {aws.jobs[name]["TrainingJobStatus"] for name in names} == {"Stopping"}
     with pytest.raises(cli.UserError, match="is a sweep of 4 jobs: give one"):
         call("logs", job=group)
+
+
+def test_a_sweep_that_meets_a_quota_names_what_runs_and_how_to_end_it(aws, capsys):
+    aws.quota = 2
+    with pytest.raises(cli.UserError) as error:
+        call("train", **TRAIN, sweep="train.lora_rank=8,16,32,64")
+    names = sorted(aws.jobs)
+    assert len(names) == 2
+    told, group = str(error.value), names[0].rsplit("-", 1)[0]
+    assert re.match("--name mr: AWS answers: .*ResourceLimitExceeded.*limit is 2", told), told
+    assert f"2 of 4 jobs were started before it and are paid for: {', '.join(names)}" in told
+    assert f"end them with python sagemaker_launch.py stop --job {group} --region {REGION}" in told
+    assert capsys.readouterr().out == "".join(f"started {name}\n" for name in names)
+    call("stop", job=group)
+    assert {aws.jobs[name]["TrainingJobStatus"] for name in names} == {"Stopping"}
+
+
+def test_a_run_that_another_jobs_checkpoints_had_finished_is_not_finished_by_them(aws, capsys):
+    aws.put("whisper/old/checkpoints/train.json", "{}")
+    call("train", **TRAIN, checkpoint_s3=f"s3://{BUCKET}/whisper/old/checkpoints")
+    now = datetime.datetime.now(datetime.UTC)
+    aws.end(the_job(aws), "Completed", CreationTime=now + datetime.timedelta(hours=1))
+    call("status", job=the_job(aws))
+    assert f"{the_job(aws)}: Completed, not finished" in capsys.readouterr().out
 
 
 def test_a_long_curve_is_thinned_out_but_keeps_every_evaluation_and_the_end():
@@ -264,6 +322,166 @@ def test_stop_asks_once_and_says_so_afterwards(aws, capsys):
     aws.set(the_job(aws), TrainingJobStatus="Stopped")
     call("stop", job=the_job(aws))
     assert "Stopped already" in capsys.readouterr().out
+
+
+# ------ instances that are kept
+
+
+@pytest.mark.parametrize("state", ["Completed", "Failed", "Stopped"])
+def test_instances_are_kept_and_billed_however_a_job_ends_until_they_are_released(
+    aws, state, capsys
+):
+    call("train", **TRAIN, keep_alive_seconds=3600, instance_count=2)
+    name = the_job(aws)
+    aws.put(f"whisper/{name}/checkpoints/train.json", "{}")
+    aws.end(name, state, TrainingTimeInSeconds=60, BillableTimeInSeconds=60)
+    aws.jobs[name]["WarmPoolStatus"]["ResourceRetainedBillableTimeInSeconds"] = 1800
+    capsys.readouterr()
+    call("status", job=name)
+    told = capsys.readouterr().out
+    assert "cost       0.05 USD\n" in told
+    assert "kept       Available, billable 1,800 s an instance, 1.51 USD more" in told
+    assert "sagemaker_launch.py release" in told
+    call("release", job=name)
+    assert capsys.readouterr().out == f"{name}: its instances are kept no longer\n"
+    call("status", job=name)
+    told = capsys.readouterr().out
+    assert "kept       Terminated, billable 1,800 s an instance" in told
+    assert "sagemaker_launch.py release" not in told
+    call("release", job=name)
+    assert capsys.readouterr().out == f"{name}: no instances are kept (Terminated)\n"
+
+
+def test_no_instances_are_kept_unless_asked_for(aws, capsys):
+    call("train", **TRAIN)
+    assert "KeepAlivePeriodInSeconds" not in aws.jobs[the_job(aws)]["ResourceConfig"]
+    aws.end(the_job(aws), "Failed")
+    capsys.readouterr()
+    call("release", job=the_job(aws))
+    assert capsys.readouterr().out == f"{the_job(aws)}: no instances are kept\n"
+
+
+# ------ --wait
+
+
+@pytest.mark.parametrize(
+    ("state", "finished", "code", "fate"),
+    [
+        ("Completed", True, 0, "Completed"),
+        ("Completed", False, 1, "Completed, not finished: start it again with"),
+        ("Failed", False, 1, "Failed"),
+        ("Stopped", False, 1, "Stopped"),
+    ],
+)
+def test_wait_follows_a_job_and_exits_with_its_fate(
+    aws, state, finished, code, fate, capsys, monkeypatch
+):
+    monkeypatch.setattr(sagemaker_launch, "POLL_SECONDS", 0.05)
+    ended = []
+
+    def run():
+        try:
+            call("train", **TRAIN, wait="true")
+            ended.append(0)
+        except SystemExit as stop:
+            ended.append(stop.code)
+
+    waiting = threading.Thread(target=run)
+    waiting.start()
+    deadline = time.monotonic() + 60
+    while not aws.jobs and time.monotonic() < deadline:
+        time.sleep(0.05)
+    name = the_job(aws)
+    aws.say(GROUP, f"{name}/algo-1-1700000000", "step=1")
+    time.sleep(0.5)
+    assert waiting.is_alive(), "the job runs"
+    if finished:
+        aws.put(f"whisper/{name}/checkpoints/train.json", "{}")
+    aws.end(name, state)
+    waiting.join(60)
+    assert ended == [code]
+    out = capsys.readouterr().out.splitlines()
+    assert "algo-1: step=1" in out
+    assert out[-1].startswith(f"{name}: {fate}")
+
+
+def test_wait_waits_for_all_jobs_of_a_sweep(aws, capsys, monkeypatch):
+    monkeypatch.setattr(sagemaker_launch, "POLL_SECONDS", 0.05)
+    looks = []
+
+    def described(sagemaker, name, describe=sagemaker_launch._described):
+        looks.append(name)
+        if len(looks) > 3:
+            aws.put(f"whisper/{name}/checkpoints/train.json", "{}")
+            aws.end(name, "Failed" if name.endswith("02") else "Completed")
+        return describe(sagemaker, name)
+
+    monkeypatch.setattr(sagemaker_launch, "_described", described)
+    with pytest.raises(SystemExit) as stop:
+        call("train", **TRAIN, sweep="train.lora_rank=8,16", wait="true")
+    assert stop.value.code == 1
+    first, second = sorted(aws.jobs)
+    told = capsys.readouterr().out.splitlines()[-2:]
+    assert told == [f"{first}: Completed", f"{second}: Failed"]
+
+
+# ------ --request
+
+
+def test_what_has_no_option_is_merged_into_the_request(aws, tmp_path, capsys):
+    plan = f"arn:aws:sagemaker:{REGION}:123456789012:training-plan/p1"
+    more = {
+        "ResourceConfig": {"TrainingPlanArn": plan},
+        "OutputDataConfig": {"CompressionType": "NONE"},
+        "ProfilerConfig": None,
+        "ExperimentConfig": {"ExperimentName": "mr"},
+    }
+    call("train", **TRAIN, request=json.dumps(more))
+    name = the_job(aws)
+    sent = aws.jobs[name]
+    assert sent["ResourceConfig"]["TrainingPlanArn"] == plan
+    assert sent["ResourceConfig"]["InstanceType"] == "ml.g5.2xlarge"
+    assert sent["OutputDataConfig"]["S3OutputPath"] == f"s3://{BUCKET}/whisper"
+    assert "ProfilerConfig" not in sent
+    aws.put(f"whisper/{name}/output/model/adapter/adapter_config.json", "{}")
+    call("fetch", job=name, output_dir=tmp_path)
+    assert (tmp_path / name / "adapter" / "adapter_config.json").read_text() == "{}"
+
+
+def test_an_input_that_is_not_in_s3_takes_the_place_of_the_channel(aws, capsys):
+    source = {
+        "FileSystemId": "fs-0123456789abcdef0", "FileSystemAccessMode": "ro",
+        "FileSystemType": "FSxLustre", "DirectoryPath": "/fsx/prepared",
+    }  # fmt: skip
+    channel = {"ChannelName": "train", "DataSource": {"FileSystemDataSource": source}}
+    options = {key: value for key, value in TRAIN.items() if key != "train_s3"}
+    call("train", **options, request=json.dumps({"InputDataConfig": [channel]}), dry_run="true")
+    assert json.loads(capsys.readouterr().out)["InputDataConfig"] == [channel]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "--request {: is not JSON"),
+        ("[1]", r"--request \[1\]: is no JSON object: write"),
+        ('{"ExperimentConfg": {}}', "--request ExperimentConfg: AWS knows no such member: did you"),
+        (
+            '{"OutputDataConfig": {"CompressionType": "NOE"}}',
+            "--request OutputDataConfig.CompressionType NOE: AWS knows no such value: did you me",
+        ),
+        ('{"TrainingJobName": "x"}', "--request TrainingJobName: has an option: give --name inst"),
+        (
+            '{"ResourceConfig": {"InstanceType": "ml.g6.xlarge"}}',
+            "--request ResourceConfig.InstanceType: has an option: give --instance_type instead",
+        ),
+        ('{"Environment": {"A": "b"}}', "--request Environment: has an option: give --environme"),
+        ('{"OutputDataConfig": null}', "OutputDataConfig: is missing"),
+    ],
+)
+def test_what_is_merged_is_checked_as_the_rest_is(aws, text, message):
+    with pytest.raises(cli.UserError, match=message):
+        call("train", **TRAIN, request=text)
+    assert not aws.jobs
 
 
 # ------ fetch
