@@ -1,7 +1,8 @@
 """When a run stops before its end: signals and time limits, agreed on by all processes.
 
 The first SIGTERM or SIGINT asks for a stop after the step that is under way; the second ends the
-process at once.
+process at once. Where STOPPED_BY_FILE is set, every process leaves the signal's name in that file:
+whoever started it may be on a machine that got no signal, and the exit code is that of success.
 """
 
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -104,5 +106,8 @@ def agree(stop: Stop, step_seconds: float) -> tuple[str, bool]:
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=stop.group)
     number, late, save = flags.tolist()
     if number:
-        return signal.Signals(number).name, bool(save)
+        name = signal.Signals(number).name
+        if note := os.environ.get("STOPPED_BY_FILE"):
+            Path(note).write_text(name)
+        return name, bool(save)
     return "--max_minutes" if late else "", bool(save)

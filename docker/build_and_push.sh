@@ -11,8 +11,8 @@ fi
 name=$1 region=$2
 [[ $name == *:* ]] || name=$name:latest
 repository=${name%%:*}
-deep_learning=763104351884.dkr.ecr.$region.amazonaws.com # AWS's own images; in most regions
-base=${3:-$deep_learning/pytorch:2.13-cu133-amzn2023-sagemaker}
+# AWS's own images: the public gallery has them for every region, without a login.
+base=${3:-public.ecr.aws/deep-learning-containers/pytorch:2.13-cu133-amzn2023-sagemaker}
 cd "$(dirname "$0")/.."
 
 account=$(aws sts get-caller-identity --query Account --output text)
@@ -28,9 +28,16 @@ fi
 aws ecr describe-repositories --region "$region" --repository-names "$repository" >/dev/null 2>&1 ||
     aws ecr create-repository --region "$region" --repository-name "$repository" \
         --image-scanning-configuration scanOnPush=true >/dev/null
-# An attestation would make the image a list of two, which SageMaker refuses.
-export BUILDX_NO_DEFAULT_ATTESTATIONS=1
-docker build --platform linux/amd64 --file docker/Dockerfile \
-    --build-arg "BASE_IMAGE=$base" --build-arg "GIT_COMMIT=$(git rev-parse HEAD || true)" --tag "$registry/$name" .
-docker push "$registry/$name"
-docker inspect --format '{{index .RepoDigests 0}}' "$registry/$name"
+# SageMaker takes one Docker v2 manifest: no OCI one, and no list of image and attestations.
+docker buildx build --platform linux/amd64 --file docker/Dockerfile --provenance=false --sbom=false \
+    --build-arg "BASE_IMAGE=$base" --build-arg "GIT_COMMIT=$(git rev-parse HEAD || true)" \
+    --output "type=image,name=$registry/$name,push=true,oci-mediatypes=false" .
+inspect() { # FIELD
+    docker buildx imagetools inspect --format "{{.Manifest.$1}}" "$registry/$name"
+}
+manifest=$(inspect MediaType)
+if [[ $manifest != application/vnd.docker.distribution.manifest.v2+json ]]; then
+    echo "error: $registry/$name was pushed as $manifest, which SageMaker refuses: update docker buildx" >&2
+    exit 1
+fi
+echo "$registry/$repository@$(inspect Digest)"

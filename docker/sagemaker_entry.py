@@ -46,6 +46,7 @@ DRIVER = Path("/proc/driver/nvidia/version")  # of the host
 PROBE = "import torch; torch.cuda.init(); print(torch.cuda.device_count())"
 PORT = 7777  # where the processes of several nodes meet
 HOSTS_SECONDS = 300.0  # that a node's name may take to appear
+KILL_SECONDS = 130.0  # within which SageMaker kills what it has sent a SIGTERM
 SHUTDOWN_SECONDS = 100  # of the 120 that SageMaker leaves after a SIGTERM
 FAILURE_BYTES = 1000  # SageMaker shows 1,024
 TAIL_BYTES = 262_144  # of stderr, to find the reason of a failure in: eight tracebacks
@@ -204,7 +205,7 @@ def read_token(source: str) -> str:
     from botocore.exceptions import BotoCoreError, ClientError
 
     kind, _, name = source.partition(":")
-    region = name.split(":")[3] if name.startswith("arn:") else os.environ.get("AWS_REGION")
+    region = name.split(":")[3] if name.startswith("arn:") else None
     try:
         client = boto3.client(kind, region_name=region)
         if kind == "ssm":
@@ -220,6 +221,14 @@ def read_token(source: str) -> str:
 
 
 # ------ starting
+
+
+def set_defaults() -> None:
+    """What libraries look for and SageMaker does not set."""
+    if region := os.environ.get("AWS_REGION"):
+        os.environ.setdefault("AWS_DEFAULT_REGION", region)  # the only one that boto3 reads
+    # The home folder lies on the small disk of the image.
+    os.environ.setdefault("HF_HOME", str(SCRATCH / "huggingface"))
 
 
 def library_path(before: str, compat: Path = COMPAT, driver: Path = DRIVER) -> str:
@@ -329,6 +338,7 @@ class Watched:
             command, cwd=PROGRAM, env=os.environ | environment, stderr=subprocess.PIPE
         )
         self.tail = b""
+        self.heard = 0
         self.reader = threading.Thread(target=self._pass_on, daemon=True)
         self.reader.start()
 
@@ -342,6 +352,7 @@ class Watched:
 
     def hear(self, number: int, _frame: FrameType | None) -> None:
         """Hand a signal to the training processes: the launcher would call it a failure."""
+        self.heard = number
         with contextlib.suppress(psutil.NoSuchProcess):
             top = psutil.Process(self.process.pid)
             ranks = [child for child in top.children() if _is_rank(child)]
@@ -380,10 +391,15 @@ def reason(tail: bytes, code: int) -> str:
 # ------ results
 
 
+def is_finished(since: float) -> bool:
+    """Whether a training run, started at `since`, came to its end; its first node knows."""
+    told = CHECKPOINTS / "train.json"
+    return told.is_file() and told.stat().st_mtime >= since
+
+
 def keep_results(since: float) -> None:
     """Copy what a finished run leaves into the folder that SageMaker packs and keeps."""
-    finished = CHECKPOINTS / "train.json"
-    if not finished.is_file() or finished.stat().st_mtime < since:
+    if not is_finished(since):
         say("the run is not finished: it goes on from its checkpoints when it is started again")
         return
     (ML / "model").mkdir(parents=True, exist_ok=True)
@@ -449,6 +465,7 @@ def run(arguments: list[str]) -> None:
         SystemExit: with its exit code, after a failure was written down.
     """
     environment: dict[str, str] = {}
+    set_defaults()
     os.environ["LD_LIBRARY_PATH"] = library_path(os.environ.get("LD_LIBRARY_PATH", ""))
     if source := os.environ.get("HF_TOKEN_FROM"):
         os.environ["HF_TOKEN"] = read_token(source)
@@ -458,10 +475,15 @@ def run(arguments: list[str]) -> None:
     else:
         cluster, command, environment, script = train_command()
     say(f"{cluster.host} is node {cluster.rank + 1} of {len(cluster.hosts)}: {command}")
-    watched = Watched(command, environment)
+    note = Path(tempfile.mkdtemp()) / "stopped_by"
+    watched = Watched(command, environment | {"STOPPED_BY_FILE": str(note)})
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, watched.hear)
     code = watched.wait()
+    if is_reclaimed(code, watched.heard, note) and not is_finished(since):
+        await_kill()
+        fail("stopped by SIGTERM before the end: start it again", failure_file(arguments))
+        sys.exit(128 + signal.SIGTERM)
     if code:
         fail(reason(watched.tail, code), failure_file(arguments))
         sys.exit(code if code > 0 else 128 - code)
@@ -476,7 +498,31 @@ def failure_file(arguments: list[str]) -> Path:
 
 def stopped_early(number: int, _frame: Any) -> None:
     """The first process of a container gets no signal that it has no handler for."""
+    if number == signal.SIGTERM:
+        await_kill()
     sys.exit(128 + number)
+
+
+def is_reclaimed(code: int, heard: int, note: Path) -> bool:
+    """Whether a spot job was told to end before it was finished, on this node or another.
+
+    A time limit of its own, which leaves no note, is no such end.
+    """
+    if os.environ.get("LAUNCH_SPOT") != "true":
+        return False
+    noted = note.read_text() if note.is_file() else ""
+    return noted == "SIGTERM" or (code != 0 and heard == signal.SIGTERM)
+
+
+def await_kill() -> None:
+    """In a spot job, stay until SageMaker takes the instance away.
+
+    To SageMaker exit code 0 is a finished job, which is not started again; any other, of a
+    container that ends by itself, a failed one.
+    """
+    if os.environ.get("LAUNCH_SPOT") == "true":
+        say(f"SIGTERM: waits up to {KILL_SECONDS:g} s for the instance to be taken away")
+        time.sleep(KILL_SECONDS)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The container's first process: options, order of nodes, staging, secrets, failures, results."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import boto3
@@ -201,6 +203,64 @@ def test_compatibility_libraries_come_first_where_the_driver_is_older(
     assert entry.library_path("/a", tmp_path, driver) == "/a"
 
 
+# ------ spot
+
+
+@pytest.mark.parametrize(
+    ("spot", "code", "heard", "note", "reclaimed"),
+    [
+        ("true", 0, 0, "SIGTERM", True),  # on a node that got no signal itself
+        ("true", 0, signal.SIGTERM, "SIGTERM", True),
+        ("true", -15, signal.SIGTERM, "", True),  # eval_wer.py, or before the first step
+        ("true", 0, signal.SIGTERM, "", False),  # finished all the same
+        ("true", 0, 0, "", False),  # --max_minutes
+        ("true", 1, 0, "", False),  # a failure
+        ("true", 0, signal.SIGINT, "SIGINT", False),
+        ("false", 0, signal.SIGTERM, "SIGTERM", False),
+    ],
+)
+def test_who_waits_to_be_taken_away(spot, code, heard, note, reclaimed, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAUNCH_SPOT", spot)
+    if note:
+        (tmp_path / "note").write_text(note)
+    assert entry.is_reclaimed(code, heard, tmp_path / "note") is reclaimed
+
+
+STOPS = """
+import os, pathlib, sys
+pathlib.Path(os.environ["STOPPED_BY_FILE"]).write_text("SIGTERM")
+"""
+
+
+@pytest.mark.parametrize(("spot", "code"), [("true", 143), ("", 0)])
+def test_a_reclaimed_node_that_is_not_killed_ends_as_failed(
+    spot, code, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(entry, "ML", tmp_path)
+    monkeypatch.setattr(entry, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(entry, "KILL_SECONDS", 0.0)
+    monkeypatch.setenv("LAUNCH_SPOT", spot)
+    for name in ("LD_LIBRARY_PATH", "HF_HOME"):
+        monkeypatch.setenv(name, "")
+    command = [sys.executable, "-c", STOPS]
+    cluster = entry.Cluster(("algo-1", "algo-2"), "algo-2", "")
+    monkeypatch.setattr(entry, "train_command", lambda: (cluster, command, {}, "train_lora.py"))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    ended = contextlib.nullcontext() if code == 0 else pytest.raises(SystemExit)
+    try:
+        with ended as raised:
+            entry.run(["train"])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    failure = tmp_path / "output" / "failure"
+    if code:
+        assert raised.value.code == code
+        assert failure.read_text() == "stopped by SIGTERM before the end: start it again"
+    assert failure.exists() is bool(code)
+    assert ("waits up to 0 s" in capsys.readouterr().out) is bool(code)
+
+
 # ------ data and adapters
 
 
@@ -255,6 +315,11 @@ def test_an_adapter_is_found_in_its_folder_or_in_a_training_jobs_archive(tmp_pat
 def test_the_hubs_token_is_read_inside_the_container(kind, text, monkeypatch):
     with strict_aws() as aws:
         monkeypatch.setenv("AWS_REGION", REGION)
+        for name in ("AWS_DEFAULT_REGION", "HF_HOME"):
+            monkeypatch.setenv(name, "restored after the test")
+            monkeypatch.delenv(name)
+        entry.set_defaults()
+        assert os.environ["HF_HOME"] == str(entry.SCRATCH / "huggingface")
         content = text or json.dumps({"HF_TOKEN": "hf_abc"})
         if kind == "ssm":
             client = aws.session.client("ssm")
@@ -334,29 +399,60 @@ def test_the_image_asks_for_everything_but_torch():
     assert len(kept) == len(lines) - 1
 
 
-def test_build_and_push_logs_in_builds_and_pushes_without_breaking_words(tmp_path):
-    for name in ("aws", "docker"):
-        fake = tmp_path / name
-        fake.write_text(
-            f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n'
-            'case "$*" in *caller-identity*) echo 123456789012;; '
-            '*describe-repos*) exit 1;; inspect*) echo "$4@sha256:0";; esac\n'
-        )
-        fake.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    words = [DOCKER / "build_and_push.sh", "whisper-lora", "eu-west-1"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+DOCKER_V2 = "application/vnd.docker.distribution.manifest.v2+json"
+OCI = "application/vnd.oci.image.manifest.v1+json"
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Run build_and_push.sh with tools that note what they are called with, and a fixed answer."""
+
+    def run(*words, manifest=DOCKER_V2):
+        for name in ("aws", "docker"):
+            fake = tmp_path / name
+            fake.write_text(
+                f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n'
+                'case "$*" in *caller-identity*) echo 123456789012;; *describe-repos*) exit 1;; '
+                f"*Manifest.MediaType*) echo {manifest};; *Manifest.Digest*) echo sha256:0;; esac\n"
+            )
+            fake.chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        words = [DOCKER / "build_and_push.sh", *words]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        calls = tmp_path / "calls"
+        return done, calls.read_text() if calls.exists() else ""
+
+    return run
+
+
+def test_build_and_push_logs_in_builds_and_pushes_without_breaking_words(build):
+    done, calls = build("whisper-lora", "eu-west-1")
     assert done.returncode == 0, done.stderr
-    image = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/whisper-lora:latest"
-    assert done.stdout.splitlines()[-1] == f"{image}@sha256:0"
-    calls = (tmp_path / "calls").read_text()
-    base = "763104351884.dkr.ecr.eu-west-1.amazonaws.com"
-    for registry in (image.split("/")[0], base):
-        assert f"docker login --username AWS --password-stdin {registry}\n" in calls
+    registry = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+    assert done.stdout.splitlines()[-1] == f"{registry}/whisper-lora@sha256:0"
+    assert calls.count("docker login") == 1, "the public gallery needs none"
+    assert f"docker login --username AWS --password-stdin {registry}\n" in calls
     assert "create-repository --region eu-west-1 --repository-name whisper-lora" in calls
-    assert f"--build-arg BASE_IMAGE={base}/pytorch:2.13-cu133-amzn2023-sagemaker" in calls
-    assert f"docker push {image}\n" in calls
-    assert subprocess.run(words[:1], env=environment, capture_output=True).returncode == 2
+    base = "public.ecr.aws/deep-learning-containers/pytorch:2.13-cu133-amzn2023-sagemaker"
+    assert f"--build-arg BASE_IMAGE={base}" in calls
+    assert f"name={registry}/whisper-lora:latest,push=true,oci-mediatypes=false ." in calls
+    assert "--provenance=false --sbom=false" in calls
+    assert build("whisper-lora")[0].returncode == 2
+
+
+def test_a_base_image_of_a_registry_needs_a_login_there(build):
+    base = "763104351884.dkr.ecr.us-west-2.amazonaws.com/pytorch:2.13"
+    done, calls = build("whisper-lora:v1", "eu-west-1", base)
+    assert done.returncode == 0, done.stderr
+    assert "aws ecr get-login-password --region us-west-2" in calls
+    assert f"docker login --username AWS --password-stdin {base.split('/')[0]}\n" in calls
+
+
+def test_an_image_that_sagemaker_refuses_is_told_where_it_is_pushed(build):
+    done, _ = build("whisper-lora", "eu-west-1", manifest=OCI)
+    assert done.returncode == 1
+    assert f"was pushed as {OCI}, which SageMaker refuses" in done.stderr
+    assert "@sha256" not in done.stdout
 
 
 @pytest.mark.parametrize("name", ["role", "user", "trust"])
@@ -364,7 +460,9 @@ def test_a_policy_allows_no_more_than_it_names(name):
     policy = json.loads((DOCKER / f"{name}_policy.json").read_text(encoding="utf-8"))
     everywhere = {  # actions that AWS grants on all resources or none
         "ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "sagemaker:ListTrainingJobs",
-        "pricing:GetProducts",
+        "pricing:GetProducts", "ssmmessages:CreateControlChannel",
+        "ssmmessages:CreateDataChannel", "ssmmessages:OpenControlChannel",
+        "ssmmessages:OpenDataChannel",
     }  # fmt: skip
     for statement in policy["Statement"]:
         actions = statement["Action"]
@@ -373,6 +471,27 @@ def test_a_policy_allows_no_more_than_it_names(name):
         assert not [action for action in actions if "*" in action]
         if statement.get("Resource") == "*":
             assert actions <= everywhere, actions - everywhere
+
+
+def actions(name):
+    policy = json.loads((DOCKER / f"{name}_policy.json").read_text(encoding="utf-8"))
+    of = [statement["Action"] for statement in policy["Statement"]]
+    return {action for one in of for action in ([one] if isinstance(one, str) else one)}
+
+
+def test_the_policies_allow_every_call_of_the_launcher():
+    source = (launch.ROOT / "sagemaker_launch.py").read_text(encoding="utf-8")
+    calls = set(re.findall(r"sagemaker\.((?:create|update|stop|describe)_\w+_job)", source))
+    assert {"update_training_job", "create_training_job"} <= calls
+    wanted = {f"sagemaker:{call.title().replace('_', '')}" for call in calls}
+    assert wanted <= actions("user"), wanted - actions("user")
+
+
+def test_the_policies_allow_what_a_key_and_a_shell_need():
+    key = {"kms:Encrypt", "kms:Decrypt", "kms:GenerateDataKey", "kms:CreateGrant"}
+    assert key <= actions("role")
+    assert {"kms:CreateGrant", "kms:DescribeKey"} <= actions("user")
+    assert len([action for action in actions("role") if action.startswith("ssmmessages:")]) == 4
 
 
 # ------ one node, for real
@@ -437,6 +556,43 @@ def test_one_process_told_to_stop_saves_ends_well_and_goes_on(checkpoint, prepar
     assert code == 0, err[-3000:]
     assert "resumed at step" in out
     assert (ml / "model" / "adapter").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.root
+def test_a_reclaimed_spot_job_saves_waits_to_be_killed_and_goes_on(checkpoint, prepared, tmp_path):
+    """SageMaker takes exit code 0 for the end of the job, and starts no other instance."""
+    channels = {"train": prepared, "model": checkpoint}
+    ml = sagemaker.make_ml(tmp_path / "ml", SMALL | {"max_steps": 80}, channels)
+    node = sagemaker.start_node(ml, LAUNCH_SPOT="true")
+    launch.wait_for(lambda: (ml / "checkpoints" / "metrics.jsonl").exists(), node)
+    first = sagemaker.process_1(node)
+    first.send_signal(signal.SIGTERM)
+    launch.wait_for(lambda: len(first.children()) == 0, node, 60)
+    assert list((ml / "checkpoints" / "checkpoints").glob("step-*"))
+    time.sleep(3)
+    assert node.poll() is None, "ended by itself: exit code 0 would be Completed"
+    first.kill()  # as SageMaker does
+    code, out, err = sagemaker.end(node, 60)
+    assert code != 0
+    assert "stopped by SIGTERM after step" in out, err[-3000:]
+    assert not any((ml / "model").iterdir())
+    code, out, err = sagemaker.end(sagemaker.start_node(ml, LAUNCH_SPOT="true"))
+    assert code == 0, err[-3000:]
+    assert "resumed at step" in out
+    assert (ml / "model" / "adapter").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.root
+def test_a_spot_job_whose_own_time_is_up_ends_at_once(checkpoint, prepared, tmp_path):
+    channels = {"train": prepared, "model": checkpoint}
+    options = SMALL | {"max_steps": 5000, "max_minutes": 0.3}
+    ml = sagemaker.make_ml(tmp_path / "ml", options, channels)
+    code, out, err = sagemaker.end(sagemaker.start_node(ml, LAUNCH_SPOT="true"), 100)
+    assert code == 0, err[-3000:]
+    assert "stopped by --max_minutes" in out
+    assert "sagemaker_entry: the run is not finished" in out
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import launch
@@ -48,8 +49,8 @@ def make_nodes(folder, options, checkpoint, prepared):
     ]
 
 
-def start_both(nodes):
-    return [sagemaker.start_node(ml, node=at) for at, ml in enumerate(nodes)]
+def start_both(nodes, **variables):
+    return [sagemaker.start_node(ml, node=at, **variables) for at, ml in enumerate(nodes)]
 
 
 def losses(checkpoints):
@@ -108,6 +109,27 @@ def test_a_signal_to_one_node_saves_both_end_well_and_the_job_goes_on(
     assert f"resumed at step {done}" in ends[0][1]
     assert losses(nodes[0] / "checkpoints") == expected[0]
     assert (nodes[0] / "model" / "adapter").is_dir()
+
+
+def test_a_reclaimed_spot_node_has_both_save_and_neither_ends_by_itself(
+    network, checkpoint, prepared, tmp_path
+):
+    nodes = make_nodes(tmp_path, OPTIONS, checkpoint, prepared)
+    running = start_both(nodes, LAUNCH_SPOT="true")
+    written = nodes[0] / "checkpoints" / "metrics.jsonl"
+    launch.wait_for(written.exists, running[0])
+    sagemaker.process_1(running[1]).send_signal(signal.SIGTERM)
+    first = [sagemaker.process_1(node) for node in running]
+    for process, node in zip(first, running, strict=True):
+        launch.wait_for(lambda process=process: not process.children(), node, 60)
+    assert list((nodes[0] / "checkpoints" / "checkpoints").glob("step-*"))
+    time.sleep(3)
+    assert [node.poll() for node in running] == [None, None]
+    for process in first:
+        process.kill()
+    ends = [sagemaker.end(node, 60) for node in running]
+    assert 0 not in [code for code, _, _ in ends]
+    assert all("waits up to 130 s" in out for _, out, _ in ends)
 
 
 def test_two_nodes_prepare_one_dataset_and_meet_in_s3(checkpoint, tmp_path):
