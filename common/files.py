@@ -86,7 +86,9 @@ def _set_aside(folder: Path) -> Path:
 
 
 def _remove_tree(folder: Path) -> None:
-    """Remove a folder although files appear and vanish in it meanwhile."""
+    """Remove a folder although files appear and vanish in it meanwhile; a link or a file, too."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
     for _ in range(REMOVAL_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

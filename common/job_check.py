@@ -16,7 +16,7 @@ from typing import Any
 import regex  # the patterns use Java's \p{L}, which `re` lacks
 
 from common.aws import uri_problem
-from common.instances import num_gpus
+from common.instances import has_local_disk, num_gpus
 from common.job_fit import unfit
 from common.job_request import (
     Eval,
@@ -93,9 +93,9 @@ OF_REQUEST = {  # member of a request -> the option it comes from
 # ------ what cannot be meant
 
 
-def contradictions(job: Job, options: Any, request: dict[str, Any]) -> list[str]:
+def contradictions(job: Job, options: Any) -> list[str]:
     """Options that SageMaker, or the container, would refuse only after the instances are paid."""
-    found = [*_general(job, request), *_added(job)]
+    found = [*_general(job), *_added(job)]
     if isinstance(job, TrainingJob):
         found += [*_spot(job), *_engine(job, options), *_own_options(job, options)]
         found += filter(None, [unfit(job, options)])
@@ -117,21 +117,24 @@ def contradictions(job: Job, options: Any, request: dict[str, Any]) -> list[str]
 
 def _added(job: Job) -> Iterator[str]:
     """What `--request` may not hold: what has an option, which is checked, priced and obeyed."""
-    for path in _paths(parse_request(job.request)):
+    for path, value in _paths(parse_request(job.request)):
         for member, option in OF_REQUEST.items():
             if path == member or path.startswith(f"{member}."):
                 yield f"--request {path}: has an option: give {option} instead"
+            elif member.startswith(f"{path}.") and not isinstance(value, dict | list):
+                yield f"--request {path}: would take away {member}, which has an option, {option}"
+                break
 
 
-def _paths(value: dict[str, Any], start: str = "") -> Iterator[str]:
-    """Every path of a nested dictionary, `a.b.c`."""
+def _paths(value: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """Every path of a nested dictionary, `a.b.c`, and what it leads to."""
     for key, one in value.items():
-        yield f"{start}{key}"
+        yield f"{start}{key}", one
         if isinstance(one, dict):
             yield from _paths(one, f"{start}{key}.")
 
 
-def _general(job: Job, request: dict[str, Any]) -> Iterator[str]:
+def _general(job: Job) -> Iterator[str]:
     for option in ("role", "image_uri", "output_s3"):
         if not getattr(job, option):
             yield f"--{option} is empty: give it"
@@ -162,8 +165,7 @@ def _general(job: Job, request: dict[str, Any]) -> Iterator[str]:
     for key in pairs(job.tags, "--tags"):
         if key.lower().startswith("aws:"):
             yield f"--tags {key}: AWS keeps names that begin with aws: for itself: take another"
-    cluster = request.get("ResourceConfig") or request["ProcessingResources"]["ClusterConfig"]
-    if "alias/" in cluster.get("VolumeKmsKeyId", ""):
+    if "alias/" in job.kms_key and not has_local_disk(job.instance_type):
         yield (
             f"--kms_key {job.kms_key}: the disk of {job.instance_type} takes a key's id or ARN, no "
             f"alias: give what `aws kms describe-key --key-id {job.kms_key}` answers as Arn"
@@ -252,21 +254,27 @@ def _own_options(job: TrainingJob, options: Any) -> Iterator[str]:
 def all_problems(job: Job, options: Any, request: dict[str, Any]) -> list[str]:
     """Contradictions, then what AWS's own model refuses and they have not named."""
     operation = "CreateProcessingJob" if isinstance(job, Prepare) else "CreateTrainingJob"
-    found = contradictions(job, options, request)
-    named = {problem.split()[0].rstrip(":") for problem in found}
+    found = contradictions(job, options)
+    named = {_option(problem) for problem in found}
     prefix = {Train: "train", Eval: "eval"}.get(type(job), "")
     options_of = OF_REQUEST | {
         f"HyperParameters.{key}": f"--{prefix}.{key}" for key in request.get("HyperParameters", {})
     }
     options_of["InputDataConfig"] = f"--{INPUTS[type(job)]}"
-    options_of |= {path: f"--request {path}" for path in _paths(parse_request(job.request))}
+    options_of |= {path: f"--request {path}" for path, _ in _paths(parse_request(job.request))}
     options_of |= {f"Environment.{key}": "--environment" for key in request.get("Environment", {})}
     found += [
         problem
         for problem in problems(operation, request, options_of)
-        if problem.split()[0].rstrip(":") not in named
+        if _option(problem) not in named
     ]
     return found
+
+
+def _option(problem: str) -> str:
+    """The option that a problem is about; of --request the member, too."""
+    first, second, *_ = [*problem.split(), ""]
+    return f"{first} {second.rstrip(':')}" if first == "--request" else first.rstrip(":")
 
 
 # ------ AWS's own model

@@ -174,7 +174,7 @@ def several(reports: list[Report]) -> str:
                 fate(told).partition(":")[0],
                 *(told.options.get(key, "default") for key in differing),
                 *("" if one is None else f"{one:.5g}" for one in numbers),
-                _usd(told.cost),
+                _usd(told.cost if told.cost is None else told.cost + (told.pool_cost or 0.0)),
             ]
         )
     widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]

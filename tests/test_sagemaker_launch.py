@@ -475,7 +475,15 @@ def test_an_input_that_is_not_in_s3_takes_the_place_of_the_channel(aws, capsys):
             "--request ResourceConfig.InstanceType: has an option: give --instance_type instead",
         ),
         ('{"Environment": {"A": "b"}}', "--request Environment: has an option: give --environme"),
-        ('{"OutputDataConfig": null}', "OutputDataConfig: is missing"),
+        (
+            '{"ResourceConfig": null}',
+            "--request ResourceConfig: would take away ResourceConfig.InstanceType, which has an",
+        ),
+        ('{"StoppingCondition": 1}', "--request StoppingCondition: would take away StoppingCondi"),
+        (
+            '{"Environment": {}, "OutputDataConfig": {"CompressionType": 1}}',
+            "--request Environment: has .*--request OutputDataConfig.CompressionType: a int, where",
+        ),
     ],
 )
 def test_what_is_merged_is_checked_as_the_rest_is(aws, text, message):

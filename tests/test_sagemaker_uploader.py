@@ -63,6 +63,20 @@ def test_a_folder_that_is_written_is_not_uploaded_before_it_is_whole(tmp_path):
     assert set(uploader.copied) <= {"adapter/first", "adapter/second", "train.json"}
 
 
+def test_a_folder_takes_the_place_of_a_link_and_of_a_file(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "adapter").symlink_to("elsewhere")
+    for content in ("a", "b"):
+        with files.new_folder(tmp_path / "adapter") as folder:
+            (folder / "x").write_text(content)
+        assert (tmp_path / "adapter" / "x").read_text() == content
+    (tmp_path / "model").write_text("a file")
+    with files.new_folder(tmp_path / "model"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "elsewhere", "model"]
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_results_are_kept_without_the_uploaders_markers(tmp_path, monkeypatch):
     monkeypatch.setattr(entry, "ML", tmp_path)
     monkeypatch.setattr(entry, "CHECKPOINTS", tmp_path / "checkpoints")
