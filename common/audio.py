@@ -5,6 +5,7 @@ Legend: B clips, N samples, F frames (10 ms), M mel bins.
 
 import io
 import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,11 +15,15 @@ import soundfile
 import soxr
 import torch
 
+from common import streams
+from common.streams import AudioError
+
 SAMPLE_RATE = 16_000
 CHUNK_SECONDS = 30  # Whisper's window
 N_SAMPLES = CHUNK_SECONDS * SAMPLE_RATE  # 480,000 samples in a 30-second window
 N_FFT = 400  # 25 ms
 HOP_LENGTH = 160  # 10 ms, one frame
+UNKNOWN_FORMAT = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
 MAX_VALUES = 100_000_000  # read at once: 30 s of 8 channels at 192 kHz are 47 million
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the encoder halves the number of frames
 N_FRAMES = N_SAMPLES // HOP_LENGTH  # 3,000 frames in a 30-second window
@@ -37,10 +42,6 @@ AV_CONTAINERS = (
     ("aac", 0, b"\xff\xf1"),
     ("aac", 0, b"\xff\xf9"),
 )
-
-
-class AudioError(ValueError):
-    """Audio that cannot be read; the message says why, for `dropped.jsonl`."""
 
 
 class NeedsPyAVError(AudioError):
@@ -75,12 +76,16 @@ def read_audio(
     if max_seconds is not None:
         wanted = min(wanted or math.inf, max_seconds + 0.5)
     try:
-        samples, rate = _read_soundfile(source, start_seconds, wanted)
+        return _read_soundfile(source, start_seconds, wanted)
     except AudioError:
         raise
     except (RuntimeError, OSError, TypeError, ValueError) as error:  # TypeError: headerless .raw
-        samples, rate = _read_av(source, start_seconds, wanted, reason=_reason(error))
-    mono = samples.mean(axis=1, dtype=np.float32)  # (N, channels) -> (N,)
+        return _read_av(source, start_seconds, wanted, reason=_reason(error))
+
+
+def _to_mono(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (N, channels) at any rate as (N,) at 16 kHz."""
+    mono = samples.mean(axis=1, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError("samples are not finite numbers")
     if rate == SAMPLE_RATE or not len(mono):
@@ -95,20 +100,74 @@ def _reason(error: Exception) -> str:
 
 def _read_soundfile(
     source: Path | str | BinaryIO, start_seconds: float, wanted: float | None
-) -> tuple[np.ndarray, int]:
-    with soundfile.SoundFile(source) as file:
-        start = round(start_seconds * file.samplerate)
-        if start:
-            file.seek(min(start, file.frames))
-        frames = file.frames if wanted is None else round(wanted * file.samplerate)
-        if min(frames, file.frames) * file.channels > MAX_VALUES:
-            raise AudioError(f"{file.channels} channels at {file.samplerate} Hz are no speech")
-        return file.read(frames, dtype="float32", always_2d=True), file.samplerate
+) -> np.ndarray:
+    """Read what the header announces; all streams of a file that has more than that."""
+    if hasattr(source, "read"):
+        source.seek(0)
+        return _read_open(source, source, start_seconds, wanted)
+    with Path(source).open("rb", buffering=0) as file:
+        try:
+            return _read_open(file, file.fileno(), start_seconds, wanted)
+        except soundfile.LibsndfileError as error:
+            if error.code != UNKNOWN_FORMAT:
+                raise
+    with soundfile.SoundFile(source) as sound:  # the suffix may tell: mp3 behind other bytes
+        return _to_mono(_read_part(sound, sound.frames, start_seconds, wanted), sound.samplerate)
+
+
+def _read_open(
+    file: BinaryIO, handle: int | BinaryIO, start_seconds: float, wanted: float | None
+) -> np.ndarray:
+    """Read an open file, whose position tells afterwards whether the decoder came to its end."""
+    try:
+        with soundfile.SoundFile(handle, closefd=False) as sound:
+            container = streams.kind(sound.format)
+            if sound.frames != streams.NO_LENGTH:
+                samples = _read_part(sound, sound.frames, start_seconds, wanted)
+                is_all = wanted is not None and len(samples) == round(wanted * sound.samplerate)
+                if is_all or not streams.has_more(_content(file), container, file.tell()):
+                    return _to_mono(samples, sound.samplerate)
+    except soundfile.LibsndfileError as error:
+        container = streams.kind("", _content(file)[:12])
+        if error.code == UNKNOWN_FORMAT or not container:
+            raise
+    pieces, before = [np.zeros(0, np.float32)], 0.0  # before: seconds of the streams before
+    for stream, frames in streams.mend(_content(file)[:], container):
+        with soundfile.SoundFile(stream) as sound:
+            start = max(start_seconds - before, 0.0)
+            left = None if wanted is None else start_seconds + wanted - before - start
+            if left is None or left > 0:
+                samples = _read_part(sound, frames, start, left)
+                pieces.append(_to_mono(samples, sound.samplerate))
+            before += frames / sound.samplerate
+    return np.concatenate(pieces)
+
+
+def _content(file: BinaryIO) -> bytes | mmap.mmap:
+    """All bytes of an open file; its position stays."""
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _read_part(
+    sound: soundfile.SoundFile, num_frames: int, start_seconds: float, wanted: float | None
+) -> np.ndarray:
+    """Read a part of `num_frames` frames: float32 (N, channels)."""
+    start = min(round(start_seconds * sound.samplerate), num_frames)
+    if start:
+        sound.seek(start)
+    frames = num_frames - start
+    if wanted is not None:
+        frames = min(frames, round(wanted * sound.samplerate))
+    if frames * sound.channels > MAX_VALUES:
+        raise AudioError(f"{sound.channels} channels at {sound.samplerate} Hz are no speech")
+    return sound.read(frames, dtype="float32", always_2d=True)
 
 
 def _read_av(
     source: Path | str | BinaryIO, start_seconds: float, wanted: float | None, *, reason: str
-) -> tuple[np.ndarray, int]:
+) -> np.ndarray:
     """Read m4a, webm and the like, which libsndfile does not know."""
     try:
         import av
@@ -134,7 +193,7 @@ def _read_av(
             f"neither soundfile ({reason}) nor PyAV ({_reason(error)}) reads it"
         ) from error
     samples = np.concatenate(pieces)
-    return samples[: None if wanted is None else stop - start, None], SAMPLE_RATE
+    return _to_mono(samples[: None if wanted is None else stop - start, None], SAMPLE_RATE)
 
 
 def _av_pieces(container: Any, resampler: Any) -> Iterator[np.ndarray]:

@@ -1,0 +1,227 @@
+"""Files that go on behind the audio their header announces: all of it is read, or it is refused."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+
+from common import streams
+from common.audio import SAMPLE_RATE, AudioError, read_audio
+
+RATE = 16_000
+
+
+def noise(seconds, seed=0, loud=0.2):
+    return (loud * np.random.default_rng(seed).standard_normal(int(seconds * RATE))).astype("f4")
+
+
+def encoded(samples, rate=RATE, **options):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, **options)
+    return file.getvalue()
+
+
+def ffmpeg_seconds(data):
+    """The length that FFmpeg decodes, by way of PyAV."""
+    av = pytest.importorskip("av")
+    with av.open(io.BytesIO(data)) as container:
+        return sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
+
+
+def variable_mp3(samples):
+    """An mp3 of variable bitrate without a header that tells its length, made by FFmpeg."""
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp3", options={"write_xing": "0"}) as container:
+        stream = container.add_stream("libmp3lame", rate=RATE, layout="mono")
+        stream.options = {"flags": "+qscale", "global_quality": "472"}
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate = RATE
+        resampler = av.AudioResampler(stream.format, "mono", RATE, frame_size=576)
+        for part in [*resampler.resample(frame), *resampler.resample(None), None]:
+            for packet in stream.encode(part):
+                container.mux(packet)
+    return file.getvalue()
+
+
+PCM = struct.pack("<32000h", *(noise(2) * 32_000).clip(-32_768, 32_767).astype(int))
+CHUNK = b"LIST" + struct.pack("<I", 4) + b"INFO"
+
+
+def wav(size, *, riff=None, audio=PCM, behind=b""):
+    """A wav whose header says that it has `size` bytes of audio."""
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16)
+    riff = 36 + size if riff is None else riff
+    head = struct.pack("<4sI4s", b"RIFF", riff % 2**32, b"WAVE")
+    return head + form + struct.pack("<4sI", b"data", size % 2**32) + audio + behind
+
+
+def data_chunk(audio):
+    return struct.pack("<4sI", b"data", len(audio)) + audio
+
+
+def flac_that_says(frames, seed=0):
+    data = encoded(noise(2, seed), format="FLAC")
+    fields = int.from_bytes(data[18:26], "big") >> 36 << 36 | frames
+    return data[:18] + fields.to_bytes(8, "big") + data[26:]
+
+
+def au_that_says(size):
+    data = encoded(noise(2), format="AU", subtype="PCM_16")
+    return data[:8] + struct.pack(">I", size) + data[12:]
+
+
+def xing_that_says(frames):
+    data = encoded(noise(2), format="MP3", bitrate_mode="VARIABLE")
+    at = data.index(b"Xing") + 8
+    return data[:at] + struct.pack(">I", frames) + data[at + 4 :]
+
+
+MP3 = [encoded(noise(2, seed), format="MP3", bitrate_mode="VARIABLE") for seed in (1, 2)]
+STEREO_MP3 = encoded(np.stack([noise(3, 3)] * 2, axis=1), 24_000, format="MP3")  # 2 s
+VORBIS = [encoded(noise(2, seed), format="OGG", subtype="VORBIS") for seed in (1, 2)]
+SHORT_VORBIS = encoded(noise(0.3, 3), format="OGG", subtype="VORBIS")
+OPUS = [encoded(noise(2, seed), format="OGG", subtype="OPUS") for seed in (1, 2)]
+FLAC = [encoded(noise(2, seed), format="FLAC") for seed in (1, 2)]
+TAG = b"TAG" + bytes(125)  # ID3v1
+
+LONGER = {
+    "joined mp3": (MP3[0] + MP3[1], 4),
+    "joined mp3 of other rates and channels": (MP3[0] + STEREO_MP3 + MP3[1], 6),
+    "joined mp3 with tags": (MP3[0] + TAG + MP3[1] + TAG, 4),
+    "mp3 whose header names too few frames": (xing_that_says(10), 2),
+    "mp3 whose header names no frames": (xing_that_says(0), 2),
+    "chained vorbis": (VORBIS[0] + VORBIS[1], 4),
+    "chained vorbis, the last short": (VORBIS[0] + SHORT_VORBIS, 2.3),
+    "chained opus": (OPUS[0] + OPUS[1] + OPUS[0], 6),
+    "joined flac": (FLAC[0] + FLAC[1], 4),
+    "streamed flac": (flac_that_says(0), 2),
+    "flac that names too few samples": (flac_that_says(8_000), 2),
+    "flac that names too many": (flac_that_says(64_000), 2),
+    "wav of size 0": (wav(0, riff=0), 2),
+    "wav of size 0 with the right riff size": (wav(0, riff=36 + len(PCM)), 2),
+    "wav that was not closed": (wav(0), 2),
+    "streamed wav": (wav(-1, riff=-1), 2),
+    "wav of size 0x7FFFFFFF": (wav(0x7FFFFFFF, riff=0x7FFFFFFF), 2),
+    "wav of too large a size": (wav(3 * len(PCM)), 2),
+    "wav of too small a size": (wav(len(PCM) // 4), 2),
+    "wav with two data chunks": (wav(len(PCM), behind=data_chunk(PCM[:32_000])), 3),
+    "wav with another chunk between": (wav(len(PCM), behind=CHUNK + data_chunk(PCM)), 4),
+    "wav of size 0, then a data chunk": (wav(0, audio=b"", behind=data_chunk(PCM)), 2),
+    "wav of size 0, then two data chunks": (
+        wav(0, audio=b"", behind=data_chunk(PCM) + data_chunk(PCM)),
+        4,
+    ),
+    "joined wav": (wav(len(PCM), behind=wav(len(PCM))), 4),
+    "joined streamed wav": (wav(0, behind=wav(len(PCM))), 4),
+    "au of size 0": (au_that_says(0), 2),
+    "au of too small a size": (au_that_says(16_000), 2),
+}
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_a_file_is_read_to_the_end_of_its_bytes_whatever_its_header_says(tmp_path, name):
+    data, seconds = LONGER[name]
+    (tmp_path / "a").write_bytes(data)
+    for source in (tmp_path / "a", io.BytesIO(data)):
+        for limit in (None, 30.0):
+            found = len(read_audio(source, max_seconds=limit)) / SAMPLE_RATE
+            # Without a header that says so, an mp3 encoder's delay and padding are not cut.
+            assert abs(found - seconds) < 0.13, f"{found} s of {seconds} s"
+
+
+@pytest.mark.parametrize("name", ["joined mp3", "chained vorbis", "chained opus", "joined flac"])
+def test_what_is_joined_has_the_length_that_ffmpeg_decodes(name):
+    data, seconds = LONGER[name]
+    found, expected = len(read_audio(io.BytesIO(data))) / SAMPLE_RATE, ffmpeg_seconds(data)
+    # FFmpeg leaves the padding of a second mp3 in, and half a block of a second vorbis stream.
+    assert -1e-6 < expected - found < 0.15 and abs(found - seconds) < 0.01, (found, expected)
+
+
+@pytest.mark.parametrize("is_loud_first", [True, False])
+def test_an_mp3_of_variable_bitrate_without_a_length_is_read_as_ffmpeg_reads_it(is_loud_first):
+    av = pytest.importorskip("av")
+    parts = [noise(3), np.zeros(6 * RATE, np.float32)]
+    data = variable_mp3(np.concatenate(parts if is_loud_first else parts[::-1]))
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        assert abs(file.frames / RATE - 9) > 3, "libsndfile's estimate is right: nothing is tested"
+    with av.open(io.BytesIO(data)) as container:
+        frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
+    found, expected = read_audio(io.BytesIO(data), max_seconds=30.0), np.concatenate(frames)
+    assert len(found) == len(expected) > 9 * RATE
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in LONGER if "mp3" in name or "wav" in name])
+def test_a_part_of_such_a_file_is_read_at_its_place(name):
+    data, seconds = LONGER[name]
+    whole = read_audio(io.BytesIO(data))
+    start, end = seconds - 1.2, seconds - 0.3
+    part = read_audio(io.BytesIO(data), start_seconds=start, end_seconds=end, max_seconds=30.0)
+    assert len(part) == round(0.9 * SAMPLE_RATE)
+    expected = whole[round(start * SAMPLE_RATE) :][: len(part)]
+    error = np.abs(part - expected)[800:-800].max()  # the edges are the resampler's
+    assert error < 1e-3, error
+    assert not len(read_audio(io.BytesIO(data), start_seconds=seconds + 1, end_seconds=seconds + 2))
+
+
+def test_the_joined_streams_follow_each_other_without_a_gap():
+    found = read_audio(io.BytesIO(FLAC[0] + FLAC[1]))
+    assert np.abs(found - np.concatenate([noise(2, 1), noise(2, 2)])).max() < 1e-4
+
+
+ORDINARY = {
+    "wav": wav(len(PCM)),
+    "wav with a chunk behind": wav(len(PCM), behind=CHUNK),
+    "wav with an odd chunk behind": wav(len(PCM), behind=b"id3 \x03\0\0\0abc\0"),
+    "wav with a tag behind": wav(len(PCM), behind=TAG),
+    "wav with padding behind": wav(len(PCM), behind=bytes(1000)),
+    "wav with a chunk cut off": wav(len(PCM), behind=b"LIST\xff\0\0\0INFO"),
+    "empty wav": wav(0, audio=b""),
+    "empty wav with a chunk behind": wav(0, audio=b"", behind=CHUNK),
+    "mp3": MP3[0],
+    "mp3 with a tag behind": MP3[0] + TAG,
+    "vorbis": VORBIS[0],
+    "opus": OPUS[0],
+    "flac": FLAC[0],
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_an_ordinary_file_is_decoded_once_and_no_tag_is_taken_for_sound(
+    tmp_path, monkeypatch, name
+):
+    data = ORDINARY[name]
+    (tmp_path / "a").write_bytes(data)
+    expected = len(soundfile.read(io.BytesIO(data))[0])
+    opened, open_once = [], soundfile.SoundFile
+    monkeypatch.setattr(
+        soundfile,
+        "SoundFile",
+        lambda *words, **options: opened.append(1) or open_once(*words, **options),
+    )
+    assert len(read_audio(tmp_path / "a", max_seconds=30.0)) == expected
+    assert len(opened) == 1
+
+
+def test_a_container_that_is_not_mended_is_refused_with_the_remedy():
+    data = encoded(noise(2), format="AIFF", subtype="PCM_16")
+    frames, size = struct.pack(">I", 8_000), struct.pack(">I", 16_008)
+    at_frames, at_size = data.index(b"COMM") + 10, data.index(b"SSND") + 4
+    data = data[:at_frames] + frames + data[at_frames + 4 : at_size] + size + data[at_size + 4 :]
+    with pytest.raises(AudioError, match="AIFF header announces: rewrite it with ffmpeg -i"):
+        read_audio(io.BytesIO(data))
+
+
+def test_a_flac_that_is_cut_off_is_damaged_not_short():
+    with pytest.raises(AudioError):
+        read_audio(io.BytesIO(FLAC[0][: len(FLAC[0]) // 2]))
+
+
+def test_streams_that_begin_together_in_an_ogg_file_are_one():
+    page_end = streams._page_end(VORBIS[0], 0)
+    both = VORBIS[0][:page_end] + OPUS[0][: streams._page_end(OPUS[0], 0)] + VORBIS[0][page_end:]
+    assert streams._later_starts(both, "OGG") == []
+    assert streams._later_starts(both + VORBIS[1], "OGG") == [len(both)]
