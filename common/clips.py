@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from common import audio
 from common.dataset import SPLITS
 from common.labels import MAX_LABELS, make_labels
-from common.sources import MALFORMED_ROW, OUTSIDE_SOURCE, UNKNOWN_SPLIT, Row
+from common.sources import MALFORMED_ROW, NO_TEXT, OUTSIDE_SOURCE, UNKNOWN_SPLIT, Row
 from common.splits import hash64
 
 DUPLICATE = "duplicate audio"
@@ -27,7 +27,7 @@ REASONS = (
     UNKNOWN_SPLIT,
     NO_LANGUAGE,
     UNKNOWN_LANGUAGE,
-    "empty text",
+    NO_TEXT,
     "text spells a special token",
     "labels over 448 tokens",
     "missing audio file",
@@ -100,7 +100,7 @@ def label_ids(row: Row, checks: Checks, tokenizer: PreTrainedTokenizerBase) -> l
     if row.problem:
         raise DroppedError(row.problem, row.detail)
     if not row.text:
-        raise DroppedError("empty text")
+        raise DroppedError(NO_TEXT)
     try:
         ids = make_labels(tokenizer, row.text, row.language, checks.task)
     except ValueError as error:

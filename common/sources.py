@@ -6,26 +6,18 @@ of the source, so that memory does not grow with it. A row that cannot be used i
 its `problem`, so that it is counted; only a source that cannot be read at all is an error.
 """
 
-import csv
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from common import columns, tables
 from common.cli import UserError
 
-PATH_COLUMNS = ("path", "audio", "file_name", "audio_path", "audio_filepath", "filename", "file")
-TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription")
-SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-LANGUAGE_COLUMNS = ("language", "lang", "locale")
-START_COLUMNS = ("start", "start_seconds")
-END_COLUMNS = ("end", "end_seconds")
-MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")  # of an audiofolder
 SPLIT_NAMES = {
     "train": "train",
@@ -41,6 +33,7 @@ FORMS = (
 
 MALFORMED_ROW = "malformed row"
 UNKNOWN_SPLIT = "unknown split"
+NO_TEXT = "empty text"
 OUTSIDE_SOURCE = "path leaves the source folder"
 
 
@@ -107,22 +100,24 @@ def find(name: str, *, audio_column: str = "audio", text_column: str = "") -> So
     if not path.exists():
         raise UserError(f"--source {name} does not exist: give {FORMS}")
     if path.is_file():
-        if path.suffix.lower() not in MANIFEST_SUFFIXES:
+        if path.suffix.lower() not in tables.SUFFIXES:
             raise UserError(f"--source {name} is not a source that is known: give {FORMS}")
         return Source("manifest", name, path.parent, (Table(path, path.parent),))
-    tables = _common_voice_tables(path)
-    if tables:
-        return Source("common_voice", name, path, tables)
-    tables = _audiofolder_tables(path)
-    if tables:
-        return Source("audiofolder", name, path, tables)
-    manifests = sorted(entry.name for entry in path.iterdir() if entry.suffix in MANIFEST_SUFFIXES)
+    found = _common_voice_tables(path)
+    if found:
+        return Source("common_voice", name, path, found)
+    found = _audiofolder_tables(path)
+    if found:
+        return Source("audiofolder", name, path, found)
+    manifests = sorted(
+        entry.name for entry in path.iterdir() if entry.suffix.lower() in tables.SUFFIXES
+    )
     hint = f"give the manifest itself (--source {path / manifests[0]})" if manifests else ""
     raise UserError(f"--source {name} is not a source that is known: {hint or 'give ' + FORMS}")
 
 
 def _common_voice_tables(folder: Path) -> tuple[Table, ...]:
-    """The release's own splits where it has a train.tsv, else all validated clips."""
+    """The release's own splits where its train.tsv has rows, else all validated clips."""
     clips = folder / "clips"
     if not clips.is_dir():
         return ()
@@ -133,23 +128,40 @@ def _common_voice_tables(folder: Path) -> tuple[Table, ...]:
         if (folder / f"{name}.tsv").is_file()
     ]
     validated = folder / "validated.tsv"
-    if validated.is_file() and not any(table.split == "train" for table in found):
-        found = [Table(validated, clips)]
-    return tuple(found)
+    if any(table.split == "train" and _has_rows(table.path) for table in found):
+        return tuple(found)
+    if not validated.is_file() or (found and not _has_rows(validated)):
+        return tuple(found)
+    if found:
+        print(
+            f"{folder}/train.tsv has no rows: all clips of validated.tsv are taken, without splits"
+        )
+    return (Table(validated, clips),)
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether anything stands below a table's header."""
+    with path.open("rb") as file:
+        return sum(1 for _ in itertools.islice((line for line in file if line.strip()), 2)) == 2
 
 
 def _audiofolder_tables(folder: Path) -> tuple[Table, ...]:
-    """One metadata file at the top, else one in each folder that is named after a split."""
-    for name in METADATA_NAMES:
-        if (folder / name).is_file():
-            return (Table(folder / name, folder),)
-    subfolders = sorted(entry for entry in folder.iterdir() if entry.name.lower() in SPLIT_NAMES)
-    return tuple(
-        Table(entry / name, entry, SPLIT_NAMES[entry.name.lower()])
-        for entry in subfolders
-        for name in METADATA_NAMES
-        if (entry / name).is_file()
-    )
+    """One metadata file at the top, else all below; folders named after a split tell theirs."""
+    found: dict[Path, Path] = {}
+    for path in sorted(folder.rglob("*")):  # of two in a folder the csv comes first
+        if path.name.lower() in METADATA_NAMES and path.is_file():
+            found.setdefault(path.parent, path)
+    if folder in found:
+        if len(found) > 1:
+            print(f"{found[folder]} is taken, metadata in folders below it is left out")
+        return (Table(found[folder], folder),)
+    return tuple(Table(path, path.parent, _split_of(path, folder)) for path in found.values())
+
+
+def _split_of(path: PurePath, root: Path) -> str:
+    """The split that the first folder between `root` and a file with such a name tells, or `""`."""
+    folders = path.relative_to(root).parts[:-1] if path.is_relative_to(root) else ()
+    return next((SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES), "")
 
 
 def fingerprint(source: Source) -> tuple[str, int | None]:
@@ -165,13 +177,13 @@ def fingerprint(source: Source) -> tuple[str, int | None]:
             while block := file.read(1 << 20):
                 digest.update(block)
                 lines += block.count(b"\n")
-    headers = sum("json" not in table.path.suffix for table in source.tables)
+    headers = sum("json" not in table.path.suffix.lower() for table in source.tables)
     return digest.hexdigest(), max(lines - headers, 0)
 
 
 def count(source: Source) -> int:
     """Rows that `read` yields of a source of tables: exactly, where lines are an estimate."""
-    return sum(1 for table in source.tables for _ in _records(table.path))
+    return sum(1 for table in source.tables for _ in _records(source, table))
 
 
 def read(source: Source, first: int = 0, end: int | None = None) -> Iterator[Row]:
@@ -185,11 +197,11 @@ def read(source: Source, first: int = 0, end: int | None = None) -> Iterator[Row
         return
     root = os.path.realpath(source.root)
     for table in source.tables:
-        next(_records(table.path), None)  # columns that lack are an error before the work starts
+        next(_records(source, table), None)  # columns that lack are an error before the work starts
     records = (
         (table, number, record)
         for table in source.tables
-        for number, record in enumerate(_records(table.path), start=1)
+        for number, record in enumerate(_records(source, table), start=1)
     )
     for table, number, record in itertools.islice(records, first, end):
         yield _row(source, table, root, number, record)
@@ -198,62 +210,8 @@ def read(source: Source, first: int = 0, end: int | None = None) -> Iterator[Row
 # ------ tables
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield each row of a table as a dict; `{"": why}` for one that cannot be read."""
-    with path.open("rb") as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"--source: {path} is UTF-16: save it as UTF-8")
-    # Bytes that are not UTF-8 become lone surrogates, which `_row` finds and reports.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = _json_records(file) if "json" in path.suffix else _csv_records(file, path)
-        yield from lines
-
-
-def _csv_records(file: Any, path: Path) -> Iterator[dict[str, Any]]:
-    """CSV with quotes, or TSV without: a tab-separated quote is a quote, as in Common Voice."""
-    if path.suffix.lower() == ".tsv":
-        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(file)
-    header = [name.strip().lower() for name in next(reader, [])]
-    for role, known in (("an audio path", PATH_COLUMNS), ("a text", TEXT_COLUMNS)):
-        if not set(header) & set(known):
-            raise UserError(
-                f"--source: {path} lacks {role} column (one of {', '.join(known)}); "
-                f"its columns are {', '.join(header) or 'none'}: rename one"
-            )
-    rows = iter(reader)
-    while True:
-        try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield {"": str(error)}
-            continue
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            yield {"": f"{len(cells)} cells under {len(header)} columns"}
-        elif any("\n" in cell for cell in cells):
-            yield {"": "a cell runs over several lines: an unbalanced quote?"}
-        else:
-            yield dict(zip(header, cells, strict=True))
-
-
-def _json_records(file: Any) -> Iterator[dict[str, Any]]:
-    for line in file:
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield {"": f"not JSON: {error}"}
-            continue
-        if isinstance(record, dict):
-            yield {str(name).strip().lower(): value for name, value in record.items()}
-        else:
-            yield {"": "a line is not a JSON object"}
+def _records(source: Source, table: Table) -> Iterator[tables.Record]:
+    return tables.records(table.path, quotes_are_text=source.form == "common_voice")
 
 
 def _row(source: Source, table: Table, root: str, number: int, record: dict[str, Any]) -> Row:
@@ -261,7 +219,7 @@ def _row(source: Source, table: Table, root: str, number: int, record: dict[str,
     unnamed = f"{table.path.relative_to(source.root).as_posix()}:{number}"
     if "" in record and len(record) == 1:
         return Row(unnamed, problem=MALFORMED_ROW, detail=record[""])
-    name = _cell(record, PATH_COLUMNS)
+    name = _path(record, table)
     if not name or "\0" in name:
         return Row(unnamed, problem=MALFORMED_ROW, detail="no audio path")
     try:
@@ -270,57 +228,53 @@ def _row(source: Source, table: Table, root: str, number: int, record: dict[str,
         return Row(unnamed, problem=MALFORMED_ROW, detail="not UTF-8")
     if source.form == "common_voice" and not PurePosixPath(name).suffix:
         name += ".mp3"  # releases before 5 leave it out
-    start, end = _seconds(record, START_COLUMNS), _seconds(record, END_COLUMNS)
+    start, end, bad_times = None, None, ""
+    try:
+        start, end = columns.times(record)
+    except ValueError as error:
+        bad_times = str(error)
+    text, no_text = columns.text(record)
     row = Row(
         id=_clip_id(name, start, end),
         path=str(table.audio_dir / name),
-        text=_cell(record, TEXT_COLUMNS),
+        text=text,
         split=table.split,
-        speaker=_cell(record, SPEAKER_COLUMNS),
-        language=_cell(record, LANGUAGE_COLUMNS),
+        speaker=columns.cell(record, columns.SPEAKER_COLUMNS, columns.MISSING_ID),
+        language=columns.cell(record, columns.LANGUAGE_COLUMNS, columns.MISSING_ID),
         start_seconds=start or 0.0,
         end_seconds=end,
     )
     if not _is_inside(row.path, root):
         return replace(row, problem=OUTSIDE_SOURCE, detail=name)
-    if any(value is not None and not 0 <= value < math.inf for value in (start, end)):
-        return replace(
-            row,
-            start_seconds=0.0,
-            end_seconds=None,
-            problem=MALFORMED_ROW,
-            detail="bad start or end",
-        )
+    if bad_times:
+        return replace(row, problem=MALFORMED_ROW, detail=bad_times)
+    if no_text:
+        return replace(row, problem=NO_TEXT, detail=no_text)
     if table.split:
         return row
-    return _with_split(row, _cell(record, ("split",)), name if source.form == "audiofolder" else "")
+    word = columns.cell(record, columns.SPLIT_COLUMNS, columns.MISSING_ID)
+    if word and word.lower() not in SPLIT_NAMES:
+        return replace(row, problem=UNKNOWN_SPLIT, detail=word)
+    if word or source.form != "audiofolder":
+        return replace(row, split=SPLIT_NAMES.get(word.lower(), ""))
+    return replace(row, split=_split_of(Path(row.path), source.root))
 
 
-def _with_split(row: Row, word: str, file_name: str) -> Row:
-    """Fill in the split: the row's own word, else the first folder of an audiofolder's path."""
-    if word:
-        split = SPLIT_NAMES.get(word.lower(), "")
-        if not split:
-            return replace(row, problem=UNKNOWN_SPLIT, detail=word)
-        return replace(row, split=split)
-    folders = PurePosixPath(file_name).parts[:-1]
-    return replace(row, split=SPLIT_NAMES.get(folders[0].lower(), "") if folders else "")
+def _path(record: tables.Record, table: Table) -> str:
+    """The row's audio path: of several the first that leads to a file, else the first."""
+    names = columns.paths(record)
+    if len(names) > 1:
+        names = [name for name in names if _exists(table, name)] or names
+    name = names[0] if names else ""
+    if "\\" in name and not os.path.lexists(table.audio_dir / name):  # written on Windows
+        name = name.replace("\\", "/")
+    return name
 
 
-def _cell(record: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The first of the named columns that is there and not empty, as stripped text."""
-    values = (record.get(name) for name in names)
-    texts = (str(value).strip() for value in values if isinstance(value, str | int | float))
-    return next((text for text in texts if text), "")
-
-
-def _seconds(record: dict[str, Any], names: tuple[str, ...]) -> float | None:
-    """A time, `None` where there is none, NaN where it is not a number."""
-    word = _cell(record, names)
-    try:
-        return float(word) if word else None
-    except ValueError:
-        return math.nan
+def _exists(table: Table, name: str) -> bool:
+    """Whether a path leads to a file, also where it was written on Windows."""
+    path = table.audio_dir / name.replace("\\", "/")
+    return "\0" not in name and os.path.isfile(path)  # noqa: PTH113 (Path's raises for long names)
 
 
 def _clip_id(name: str, start: float | None, end: float | None) -> str:
@@ -374,10 +328,10 @@ def _read_hub(source: Source) -> Iterator[Row]:
         print(f"split {split} of {source.name} is left out: not train, validation or test")
     for split in known:
         dataset = splits[split]
-        columns = _hub_columns(source, dataset)
-        dataset = dataset.cast_column(columns[0], Audio(decode=False))
+        named = _hub_columns(source, dataset)
+        dataset = dataset.cast_column(named[0], Audio(decode=False))
         for number, record in enumerate(dataset, start=1):
-            yield _hub_row(source, name, known[split], f"{split}-{number:08d}", columns, record)
+            yield _hub_row(source, name, known[split], f"{split}-{number:08d}", named, record)
 
 
 def _load_hub(option_value: str, name: str, config: str) -> dict[str, Any]:
@@ -401,16 +355,16 @@ def _hub_split(name: str) -> str:
 
 def _hub_columns(source: Source, dataset: Any) -> tuple[str, str]:
     """The audio and text columns' names, checked."""
-    columns = list(dataset.features or next(iter(dataset.take(1)), {}))
-    text = source.text_column or next((name for name in TEXT_COLUMNS if name in columns), "")
+    names = list(dataset.features or next(iter(dataset.take(1)), {}))
+    text = source.text_column or next((name for name in columns.TEXT_COLUMNS if name in names), "")
     for option, column in (
         ("--hub_audio_column", source.audio_column),
         ("--hub_text_column", text),
     ):
-        if column not in columns:
+        if column not in names:
             raise UserError(
                 f"{option} {column or '(empty)'} is not a column of --source {source.name}: "
-                f"give one of {', '.join(columns)}"
+                f"give one of {', '.join(names)}"
             )
     return source.audio_column, text
 
@@ -420,19 +374,20 @@ def _hub_row(
     name: str,
     split: str,
     unnamed: str,
-    columns: tuple[str, str],
+    named: tuple[str, str],
     record: dict[str, Any],
 ) -> Row:
-    audio = record[columns[0]] or {}
+    audio = record[named[0]] or {}
+    cells = {columns.column_name(key): cell for key, cell in record.items()}
     path = audio.get("path") or ""
     clip_id = PurePosixPath(path).stem if path else unnamed
     row = Row(
         id=clip_id,
         audio=audio.get("bytes") or b"",
-        text=_cell(record, (columns[1],)),
+        text=columns.as_text(record.get(named[1])),
         split=split,
-        speaker=_cell(record, SPEAKER_COLUMNS),
-        language=_cell(record, LANGUAGE_COLUMNS),
+        speaker=columns.cell(cells, columns.SPEAKER_COLUMNS, columns.MISSING_ID),
+        language=columns.cell(cells, columns.LANGUAGE_COLUMNS, columns.MISSING_ID),
     )
     if row.audio:
         return row

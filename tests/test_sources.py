@@ -51,6 +51,21 @@ def test_a_common_voice_folder_without_train_gives_all_validated_clips_unsplit(t
     assert [(row.id, row.split) for row in rows(tmp_path)] == [("validated", "")]
 
 
+def test_a_common_voice_train_table_of_a_header_alone_gives_way_to_validated_clips(
+    tmp_path, capsys
+):
+    touch(tmp_path / "clips" / "a.mp3")
+    for name in ("train", "dev"):
+        table(tmp_path / f"{name}.tsv", COMMON_VOICE_HEADER, "")
+    table(tmp_path / "test.tsv", COMMON_VOICE_HEADER, "s\ttest.mp3\ttext\tmr")
+    assert [(row.id, row.split) for row in rows(tmp_path)] == [("test", "test")]
+    table(tmp_path / "validated.tsv", COMMON_VOICE_HEADER, "s\ta.mp3\ttext\tmr")
+    assert [(row.id, row.split) for row in rows(tmp_path)] == [("a", "")]
+    assert "train.tsv has no rows: all clips of validated.tsv are taken" in capsys.readouterr().out
+    table(tmp_path / "validated.tsv", COMMON_VOICE_HEADER)
+    assert [(row.id, row.split) for row in rows(tmp_path)] == [("test", "test")]
+
+
 def test_quotes_in_a_tsv_are_text_and_do_not_swallow_rows(tmp_path):
     path = table(tmp_path / "m.tsv", "path\tsentence", 'a.wav\t"He said', 'b.wav\tso" he did')
     assert [row.text for row in rows(path)] == ['"He said', 'so" he did']
@@ -170,6 +185,29 @@ def test_an_audiofolder_may_have_metadata_in_each_split(tmp_path):
         "validation": "validation",
     }
     assert found[0].path == str(tmp_path / "test" / "test.wav")
+
+
+def test_folders_below_the_first_level_tell_their_split_too(tmp_path):
+    root = tmp_path / "test"  # what lies above the source tells nothing
+    names = ["data/train/a.wav", "audio/Dev/s1/b.wav", "x/c.wav", f"{root}/data/test/d.wav"]
+    table(root / "metadata.csv", "file_name,text", *(f"{name},x" for name in names))
+    assert [row.split for row in rows(root)] == ["train", "validation", "", "test"]
+
+
+def test_metadata_may_lie_at_any_depth_and_be_spelt_in_capitals(tmp_path, capsys):
+    table(tmp_path / "data" / "train" / "Metadata.CSV", "file_name,text", "a.wav,x")
+    table(
+        tmp_path / "data" / "test" / "s1" / "metadata.jsonl", '{"file_name": "b.wav", "text": "y"}'
+    )
+    table(tmp_path / "other" / "metadata.csv", "file_name,text", "c.wav,z")
+    assert [(row.id, row.split) for row in rows(tmp_path)] == [
+        ("b", "test"),
+        ("a", "train"),
+        ("c", ""),
+    ]
+    table(tmp_path / "metadata.csv", "file_name,text", "data/train/a.wav,x")
+    assert [row.split for row in rows(tmp_path)] == ["train"]
+    assert "metadata in folders below it is left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""What the columns of a table mean: path, text, speaker, language, split, and the times of a part.
+
+Names are compared without case, spaces and signs: `Audio Path` and `audio_path` are `audiopath`.
+"""
+
+import functools
+import math
+import re
+from typing import Any
+
+PATH_COLUMNS = ("path", "audio", "filename", "audiopath", "audiofilepath", "audiofile", "file")
+TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription")
+SPEAKER_COLUMNS = ("speaker", "speakerid", "clientid", "spk", "spkid", "speakername")
+LANGUAGE_COLUMNS = ("language", "lang", "locale", "languagecode", "langcode")
+SPLIT_COLUMNS = ("split",)
+
+# How pandas, numpy, Python, R and spreadsheets spell a cell that is not there. `null` alone is a
+# word where it is a text (German for zero).
+MISSING = ("nan", "NaN", "NAN", "<NA>", "NA", "N/A", "#N/A", "None", "NULL")
+MISSING_ID = (*MISSING, "none", "null")
+
+TIME = re.compile(
+    r"(?:audio|segment|seg|clip|utterance|utt|speech|chunk|offset|time|t)?"
+    r"(?:(?P<start>start|begin|offset|onset|xmin|tmin)|(?P<end>end|stop|xmax|tmax)"
+    r"|(?P<duration>duration|dur)|(?P<from>from)|(?P<to>to)|(?P<length>length))"
+    r"(?:time|timestamp|offset|position|pos|at|in)?"
+    r"(?:(?P<seconds>|s|secs?|seconds?)|(?P<milli>ms|msecs?|millis|milliseconds?)"
+    r"|(?P<unread>samples?|frames?|us|usecs?|microseconds?|ns|nanoseconds?|ticks?|bytes?))"
+)
+SAME_SECONDS = 0.005  # times that are rounded differently
+CLOCK = re.compile(r"(?:(\d+):)?([0-5]?\d):([0-5]?\d(?:[.,]\d+)?)")  # 1:02:03.5, 02:03,5
+
+
+def column_name(name: str) -> str:
+    """A column's name without case, spaces and signs.
+
+    >>> column_name(" Start (ms)"), column_name("audio_filepath")
+    ('startms', 'audiofilepath')
+    """
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def cell(record: dict[str, Any], names: tuple[str, ...], missing: tuple[str, ...] = ()) -> str:
+    """The first of the named columns that is there and not empty, as stripped text."""
+    texts = (as_text(record.get(name)) for name in names)
+    return next((text for text in texts if text and text not in missing), "")
+
+
+def as_text(value: Any) -> str:
+    """A cell's text: none for null, NaN, lists and objects; `7` for 7.0, `true` for true."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
+        return str(int(value)) if value.is_integer() else str(value)
+    return str(value) if isinstance(value, int) else ""
+
+
+def text(record: dict[str, Any]) -> tuple[str, str]:
+    """A row's transcript, and why it has none where that is not plain."""
+    for name in TEXT_COLUMNS:
+        value = record.get(name)
+        if isinstance(value, bool | list | dict):
+            return "", f"{name} is not a text: {value!r}"[:100]
+        found = as_text(value)
+        if found in MISSING:
+            return "", f"{name} is {found}, which stands for none"
+        if found:
+            return found, ""
+    return "", ""
+
+
+def paths(record: dict[str, Any]) -> list[str]:
+    """The different audio paths that a row names, most often one."""
+    cells = (record.get(name) for name in PATH_COLUMNS)
+    texts = (value.strip() for value in cells if isinstance(value, str))
+    return list(dict.fromkeys(name for name in texts if name))
+
+
+@functools.cache
+def _time_role(name: str) -> tuple[str, float] | None:
+    """What a column says about a part of a file, and its unit in seconds (0: one not read)."""
+    match = TIME.fullmatch(name)
+    if not match:
+        return None
+    roles = ("start", "end", "duration", "from", "to", "length")
+    role = next(role for role in roles if match[role] is not None)
+    return role, 0.0 if match["unread"] else 0.001 if match["milli"] else 1.0
+
+
+def times(record: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Where a clip starts and ends in its file, in seconds; `None` where the file does.
+
+    A duration counts only behind a start, as in NeMo's manifests (`offset` and `duration`): alone
+    it tells how long the file is.
+
+    Raises:
+        ValueError: columns that cut the file in a way that is not read, or that contradict.
+    """
+    given: dict[str, list[tuple[str, float, Any]]] = {}
+    for name, value in record.items():
+        role = _time_role(name)
+        if role and value is not None and value != "":
+            given.setdefault(role[0], []).append((name, role[1], value))
+    start, end = _agreed(given, "start"), _agreed(given, "end")
+    if start is None and end is None and "from" in given and "to" in given:
+        try:
+            start, end = _agreed(given, "from"), _agreed(given, "to")
+        except ValueError:  # of a translation, or of a letter
+            return None, None
+    if start is None or end is not None:
+        return start, end
+    if "duration" in given:
+        return start, start + (_agreed(given, "duration") or 0.0)
+    if "length" in given:
+        raise ValueError(
+            f"{given['length'][0][0]} has no unit: name it duration or end, in seconds"
+        )
+    return start, None
+
+
+def _agreed(given: dict[str, list[tuple[str, float, Any]]], role: str) -> float | None:
+    """What the columns of one role say, in seconds."""
+    columns = given.get(role, ())
+    values = [(name, _seconds(name, value) * unit) for name, unit, value in columns if unit]
+    if columns and not values:
+        raise ValueError(f"{columns[0][0]} is not read: give start and end in seconds")
+    for name, seconds in values:
+        if abs(seconds - values[0][1]) > SAME_SECONDS:
+            raise ValueError(f"{values[0][0]} and {name} differ")
+    return values[0][1] if values else None
+
+
+def _seconds(name: str, value: Any) -> float:
+    """A time: a number, or hours, minutes and seconds."""
+    word = as_text(value) if not isinstance(value, bool) else ""
+    clock = CLOCK.fullmatch(word)
+    if clock:
+        hours, minutes, seconds = clock.groups(default="0")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds.replace(",", "."))
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"bad start or end: {name} is {value!r}"[:100])
+    return seconds
