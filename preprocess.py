@@ -75,7 +75,7 @@ class Config:
     audio_bits: int = 13  # significant bits stored of a sample; 16 stores audio without loss
     forbid_text_overlap: bool = False  # drop held-out clips whose text is also in training
     test_fraction: float = 0.1  # of the clips, if the source has no test or validation split
-    validation_fraction: float = 0.1  # likewise; a source that has one of them is not cut
+    validation_fraction: float = 0.1  # likewise; of training, if the source lacks only this split
     seed: int = 0  # of the cut into splits
     hub_audio_column: str = "audio"  # of a Hub dataset
     hub_text_column: str = ""  # of a Hub dataset; empty: text, sentence, transcript, transcription
@@ -258,7 +258,8 @@ def decide(facts: np.ndarray, config: Config) -> tuple[str, dict[int, int]]:
     """Fill in, in place, the split of every kept clip and the reason of every one left out.
 
     Returns:
-        How the splits came about (found, speaker or clip), and for every clip that is left out for
+        How the splits came about (found; speaker or clip; found, validation by speaker or by
+        clip), and for every clip that is left out for
         its audio the row of the one that is kept.
     """
     kept = np.flatnonzero(facts["reason"] == 0)
@@ -275,6 +276,12 @@ def decide(facts: np.ndarray, config: Config) -> tuple[str, dict[int, int]]:
     fractions = (config.test_fraction, config.validation_fraction)
     if not has_splits and any(fractions):
         facts["split"][kept], by = splits.cut(facts[kept], fractions, config.seed)
+    elif has_splits and not (facts["split"][kept] == splits.VALIDATION).any():
+        kept_train = kept[facts["split"][kept] == splits.TRAIN]  # training chooses by validation
+        if len(kept_train) > 1 and config.validation_fraction:
+            fractions = (0.0, config.validation_fraction)
+            facts["split"][kept_train], unit = splits.cut(facts[kept_train], fractions, config.seed)
+            by = f"found, validation by {unit}"
     if config.forbid_text_overlap:
         facts["reason"][kept[splits.text_overlaps(facts[kept])]] = clips.REASONS.index(
             clips.TEXT_OVERLAP
@@ -317,8 +324,28 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "libsndfile": libsndfile_version, **found}
 
 
+def fractions_missed(kept: np.ndarray, by: str, config: Config) -> dict[str, list[float]]:
+    """Splits that were cut far from their fraction: what was asked for, and what came of it."""
+    if by == "found":
+        return {}
+    cut = kept
+    fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
+    if by.startswith("found"):  # validation, from what was training
+        cut, fractions = kept[kept["split"] != splits.TEST], {"validation": fractions["validation"]}
+    found = {}
+    for name, fraction in fractions.items():
+        num_clips = int((cut["split"] == dataset.SPLITS.index(name) + 1).sum())
+        if splits.far_off(num_clips, fraction, len(cut)):
+            found[name] = [fraction, round(num_clips / len(cut), 3)]
+    return found
+
+
 def describe(
-    facts: np.ndarray, by: str, num_bytes: int, tokenizer: PreTrainedTokenizerBase
+    facts: np.ndarray,
+    by: str,
+    num_bytes: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> dict[str, Any]:
     """The measured half of `preprocess.json`."""
     kept = facts[facts["reason"] == 0]
@@ -332,6 +359,7 @@ def describe(
         "clips": {"read": len(facts), "kept": len(kept), "dropped": len(facts) - len(kept)},
         "dropped": dict(dropped.most_common()),
         "splits_by": by,
+        "fractions_missed": fractions_missed(kept, by, config),
         "splits": {name: describe_split(part) for name, part in used if len(part)},
         "all": describe_split(kept),
         "held_out_texts_in_training": int(splits.text_overlaps(kept).sum()),
@@ -350,8 +378,18 @@ def say(report: dict[str, Any], output_dir: str) -> None:
     print(f"{'split':<12}{'clips':>9}{'hours':>9}{'speakers':>10}")
     for name, split in [*report["splits"].items(), ("all", report["all"])]:
         print(f"{name:<12}{split['clips']:>9,}{split['hours']:>9.2f}{split['speakers']:>10,}")
-    if report["splits_by"] != "found":
+    if report["splits_by"].startswith("found, "):
+        print(
+            f"the source holds no validation split: cut from training, {report['splits_by'][7:]} "
+            "(--validation_fraction 0 leaves it)"
+        )
+    elif report["splits_by"] != "found":
         print(f"the source holds no test or validation split: cut by {report['splits_by']}")
+    for name, (asked, got) in report.get("fractions_missed", {}).items():
+        print(
+            f"warning: {name} has {got:.1%} of the clips, --{name}_fraction asked for {asked:.1%}: "
+            "whole speakers do not come nearer; a column split in the source decides otherwise"
+        )
     counts = report["all"]["clips_from_seconds"].items()
     print("clips from seconds: " + "  ".join(f"{edge}: {count:,}" for edge, count in counts))
     rates = report["tokens_per_second"]
@@ -582,7 +620,7 @@ def prepare(
     shutil.rmtree(result, ignore_errors=True)  # of a run that was killed while it wrote
     result.mkdir()
     num_bytes = parts.write_splits(paths, facts, originals, result, identify(recipe, facts))
-    report = describe(facts, by, num_bytes, cached_tokenizer(config.model))
+    report = describe(facts, by, num_bytes, cached_tokenizer(config.model), config)
     write_recipe(result, recipe, source, sha256, languages_of(paths), report)
     return report
 
@@ -682,7 +720,7 @@ def prepare_shard(
     num_clips = sum(sum(shard["clips"].values()) for shard in shards)
     assert num_clips == (facts["reason"] == 0).sum(), num_clips
     num_bytes = parts.join_shards(shards, result, identity)
-    report = describe(facts, by, num_bytes, cached_tokenizer(config.model))
+    report = describe(facts, by, num_bytes, cached_tokenizer(config.model), config)
     languages = {code for shard in shards for code in shard["languages"]}
     write_recipe(result, recipe, source, sha256, languages, report)
     return report

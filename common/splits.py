@@ -1,11 +1,15 @@
 """Who belongs to which split, and who occurs twice: pure functions of a few numbers a clip."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 NONE, TRAIN, VALIDATION, TEST = range(4)
+HELD_OUT = (TEST, VALIDATION)
+ORDERS = 64  # of speakers, tried where whole speakers do not fit the fractions
+NEAR = 0.01  # of the clips: fits
 PRIORITY = np.array([0, 0, 2, 1])  # of a clip in several splits training keeps it, then test
 # What is known of a clip besides its sound and text: 46 bytes.
 FACTS = np.dtype(
@@ -73,36 +77,62 @@ def text_overlaps(facts: np.ndarray) -> np.ndarray:
 def cut(facts: np.ndarray, fractions: Sequence[float], seed: int) -> tuple[np.ndarray, str]:
     """Cut kept clips into splits: whole speakers, in an order that the seed decides.
 
-    A speaker goes where this brings the split nearer to its fraction of the clips; clips without a
-    speaker stay together. With fewer speakers than splits the cut is by clip.
+    A speaker goes where this brings the split nearer to its fraction of the clips; each split gets
+    one at least. Where an order misses a fraction, others are tried and the nearest cut is taken.
+    Clips without a speaker stay together. With fewer speakers than splits the cut is by clip.
 
     Args:
         facts: kept clips, FACTS (clips,).
-        fractions: of test and validation.
+        fractions: of test and validation; 0 cuts none.
         seed: a speaker's place in the order depends on nothing else.
 
     Returns:
         Split codes, uint8 (clips,), and "speaker" or "clip".
     """
-    num_splits = 1 + sum(fraction > 0 for fraction in fractions)
+    pairs = zip(HELD_OUT, fractions, strict=True)
+    targets = {split: fraction * len(facts) for split, fraction in pairs if fraction > 0}
     units, by = facts["speaker_hash"], "speaker"
-    if len(np.unique(units)) < num_splits:
+    if len(np.unique(units)) <= len(targets):
         units, by = facts["id_hash"], "clip"
     names, unit_of_clip, sizes = np.unique(units, return_inverse=True, return_counts=True)
-    order = sorted(range(len(names)), key=lambda at: hash64(f"{seed} {names[at]}".encode()))
-    split_of_unit = np.full(len(names), TRAIN, np.uint8)
-    for split, fraction in zip((TEST, VALIDATION), fractions, strict=True):
-        left = [at for at in order if split_of_unit[at] == TRAIN]
-        if fraction > 0 and len(left) > 1:
-            split_of_unit[_chosen(left, sizes, fraction * len(facts))] = split
-    return split_of_unit[unit_of_clip], by
+    best, least = np.full(len(names), TRAIN, np.uint8), math.inf
+    for attempt in range(ORDERS):
+        key = f"{seed}" if attempt == 0 else f"{seed} {attempt}"
+        places = [hash64(f"{key} {name}".encode()) for name in names]
+        codes = _assigned(np.argsort(places).tolist(), sizes.tolist(), targets)
+        counts = np.bincount(codes, weights=sizes, minlength=4)
+        missed = [abs(counts[split] - target) for split, target in targets.items()]
+        if sum(miss**2 for miss in missed) < least:
+            best, least = codes, sum(miss**2 for miss in missed)
+        if max(missed, default=0) <= max(1, NEAR * len(facts)):
+            break
+    return best[unit_of_clip], by
 
 
-def _chosen(units: list[int], sizes: np.ndarray, target: float) -> list[int]:
-    """Units of about `target` clips together: at least one, and never all."""
-    chosen, filled = [], 0
-    for at in units:
-        if abs(filled + sizes[at] - target) < abs(filled - target) and len(chosen) < len(units) - 1:
-            chosen.append(at)
-            filled += sizes[at]
-    return chosen or [min(units, key=lambda at: sizes[at])]
+def _assigned(order: list[int], sizes: list[int], targets: dict[int, float]) -> np.ndarray:
+    """The split (units,) of each unit: in this order, to where most of the target is missing."""
+    codes, filled = np.full(len(sizes), TRAIN, np.uint8), dict.fromkeys(targets, 0)
+    num_left, empty = len(sizes), len(targets)
+    for at in order:
+        waiting = [split for split, target in targets.items() if filled[split] < target]
+        if not waiting:
+            break
+        for split in sorted(waiting, key=lambda split: filled[split] / targets[split]):
+            reserved = 1 + empty - (filled[split] == 0)  # for training and for splits still empty
+            is_nearer = filled[split] + sizes[at] - targets[split] < targets[split] - filled[split]
+            if is_nearer and num_left > reserved:
+                empty -= filled[split] == 0
+                num_left -= 1
+                codes[at], filled[split] = split, filled[split] + sizes[at]
+                break
+    for split in (split for split in targets if not filled[split]):
+        left = [at for at in order if codes[at] == TRAIN]
+        if len(left) > 1:
+            codes[min(left, key=lambda at: sizes[at])] = split
+    return codes
+
+
+def far_off(num_clips: int, fraction: float, num_all: int) -> bool:
+    """Whether a split of `num_clips` misses its fraction by half of it, and by more than a clip."""
+    target = fraction * num_all
+    return abs(num_clips - target) > max(1, target / 2)

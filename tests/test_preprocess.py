@@ -368,11 +368,35 @@ def test_one_speaker_is_cut_by_clip_with_a_note(tmp_path, model, capsys):
     assert "cut by clip" in capsys.readouterr().out
 
 
-def test_a_source_with_a_test_split_is_not_cut(tmp_path, model):
+def test_a_source_with_a_test_split_keeps_it(tmp_path, model):
     records = [{"path": f"{at}.wav", "split": "test" if at < 2 else ""} for at in range(20)]
-    report = run(manifest(tmp_path, records), model, tmp_path / "out", validation_fraction=0.5)
+    report = run(manifest(tmp_path, records), model, tmp_path / "out", test_fraction=0.5)
     counts = {name: split["clips"] for name, split in report["splits"].items()}
     assert counts == {"train": 18, "test": 2} and report["splits_by"] == "found"
+
+
+@pytest.mark.parametrize(("num_speakers", "unit"), [(9, "speaker"), (1, "clip")])
+def test_a_source_without_validation_gets_it_from_training(
+    tmp_path, model, capsys, num_speakers, unit
+):
+    records = [
+        {"path": f"{at}.wav", "split": "test" if at < 2 else "train", "speaker": f"s{at % 9}"}
+        for at in range(20)
+    ]
+    for record in records:
+        record["speaker"] = f"s{int(record['speaker'][1:]) % num_speakers}"
+    source = manifest(tmp_path, records)
+    report = run(source, model, tmp_path / "out", validation_fraction=0.2, test_fraction=0.3)
+    counts = {name: split["clips"] for name, split in report["splits"].items()}
+    assert counts == {"train": 14, "validation": 4, "test": 2}
+    assert report["splits_by"] == f"found, validation by {unit}"
+    assert (
+        f"no validation split: cut from training, validation by {unit}" in capsys.readouterr().out
+    )
+    loaded = load_from_disk(tmp_path / "out")
+    assert set(loaded["test"]["id"]) == {"0", "1"}
+    if unit == "speaker":
+        assert not set(loaded["train"]["speaker"]) & set(loaded["validation"]["speaker"])
 
 
 def facts_of(speakers):
@@ -397,6 +421,39 @@ def test_a_cut_never_leaves_training_empty(num_clips, num_speakers):
     speakers = np.arange(num_clips) % num_speakers + 1 if num_speakers else np.zeros(num_clips)
     codes, _ = splits.cut(facts_of(speakers), (0.45, 0.45), seed=0)
     assert (codes == splits.TRAIN).any(), codes
+
+
+def sizes_of(sizes, fractions, seed=0):
+    """Clips of train, validation and test, for speakers with so many clips each."""
+    speakers = np.repeat(np.arange(len(sizes)) + 1, sizes)
+    codes, by = splits.cut(facts_of(speakers), fractions, seed)
+    assert by == "speaker" and all(len(set(codes[speakers == one])) == 1 for one in speakers)
+    return np.bincount(codes, minlength=4)[1:].tolist()
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([20, 1, 1], [20, 1, 1]),
+        ([1, 20, 1], [20, 1, 1]),
+        ([8, 8, 8], [8, 8, 8]),
+        ([50, 30, 10, 5, 5], [80, 10, 10]),
+        ([88, 3, 3, 3, 3], [88, 6, 6]),
+    ],
+)
+def test_whole_speakers_are_cut_as_near_to_the_fractions_as_they_allow(sizes, expected, seed):
+    assert sizes_of(sizes, (0.1, 0.1), seed) == expected
+
+
+def test_a_split_far_from_its_fraction_is_a_warning(tmp_path, model, capsys):
+    records = [{"path": f"{at}.wav", "speaker": f"s{at % 3}"} for at in range(12)]
+    fractions = {"test_fraction": 0.1, "validation_fraction": 0.3}
+    report = run(manifest(tmp_path, records), model, tmp_path / "out", **fractions)
+    assert report["fractions_missed"] == {"test": [0.1, 0.333]}
+    shown = capsys.readouterr().out
+    assert "warning: test has 33.3% of the clips, --test_fraction asked for 10.0%" in shown
+    assert "warning: validation" not in shown
 
 
 def test_a_speaker_with_most_clips_stays_in_training():
