@@ -30,6 +30,7 @@ class OwnError(UserError):
 
 
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or largest file (ulimit, FAT)
 BOOLEANS = {"true": True, "false": False}
 
 registry = tyro.constructors.ConstructorRegistry()
@@ -191,5 +192,8 @@ def _fail(message: str, *, alone: bool = False) -> None:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says ENOSPC; safetensors and pyarrow say it in words only."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+    """Whether `error` says one of NO_ROOM; safetensors and pyarrow say it in words only."""
+    words = str(error)
+    return getattr(error, "errno", None) in NO_ROOM or any(
+        os.strerror(code) in words for code in NO_ROOM
+    )

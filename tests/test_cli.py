@@ -1,6 +1,7 @@
 """The command line: `--key value` only, both spellings of booleans, errors of one line."""
 
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -95,15 +96,23 @@ def test_a_user_error_is_one_line_on_stderr_exit_code_two_and_no_traceback():
     assert done.stderr == "error: unknown option --modle: did you mean --model?\n"
 
 
-def test_a_full_disk_is_one_line_that_names_the_remedy(monkeypatch, capsys):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("in_words", [False, True])
+def test_a_full_disk_or_quota_is_one_line_that_names_the_remedy(
+    monkeypatch, capsys, code, in_words
+):
     def fill(config):
-        raise OSError(28, os.strerror(28), "out")
+        if in_words:  # as safetensors tells it
+            raise RuntimeError(f"I/O error: {os.strerror(code)} (os error {code})")
+        raise OSError(code, os.strerror(code), "out")
 
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(SystemExit) as stop:
         cli.run(fill, Example)
     assert stop.value.code == 2
-    assert "error: the disk is full" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: the disk is full") and os.strerror(code) in shown
+    assert shown.count("\n") == 1 and "free some space" in shown
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):

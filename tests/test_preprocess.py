@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -701,6 +702,20 @@ def test_a_full_disk_is_one_line_and_the_run_can_be_continued(tmp_path, model):
         grow = ["mount", "-o", "remount,size=64m", str(disk)]
         subprocess.run(grow, check=True)
         assert subprocess.run(words, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_file_larger_than_the_system_allows_is_told_as_a_full_disk(tmp_path, model, num_workers):
+    source = manifest(tmp_path, [{"path": f"{at}.wav"} for at in range(8)])
+    words = ("--source", source, "--model", model, "--language", "mr")
+    done = subprocess.run(
+        command(*words, "--output_dir", tmp_path / "out", "--num_workers", num_workers),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: the disk is full"), done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_worker_that_is_killed_is_a_one_line_error():
