@@ -232,16 +232,12 @@ def finished(part: tuple[Path, int, Future[None] | None], config: Config) -> tup
     return path, num_clips
 
 
-def with_languages(rows: Iterable[sources.Row], config: Config, form: str) -> Iterator[sources.Row]:
-    """Settle each row's language: its own, or --language where it has none.
-
-    For Common Voice --language wins: a release holds one language, its `locale` may be a dialect.
-    """
+def with_languages(rows: Iterable[sources.Row], config: Config) -> Iterator[sources.Row]:
+    """Settle each row's language: --language, or its own where that is empty."""
     tokenizer = cached_tokenizer(config.model)
-    wins = form == "common_voice" and config.language
-    default = config.language or ("en" if labels.is_english_only(tokenizer) else "")
+    default = "en" if labels.is_english_only(tokenizer) else ""
     for row in rows:
-        word = default if wins else row.language or default
+        word = config.language or row.language or default
         code = labels.find_language(word)
         problem, detail = row.problem, row.detail
         if not problem and not word:
@@ -506,7 +502,7 @@ def checked_rows(
     first = next(rows, None)
     if first is None:
         raise cli.UserError(f"--source {config.source} has no rows: give one with clips")
-    settled = next(with_languages([first], config, source.form))
+    settled = next(with_languages([first], config))
     if settled.problem == clips.NO_LANGUAGE:
         raise cli.UserError(
             f"--language is empty and row 1 of --source {config.source} names none: "
@@ -519,8 +515,16 @@ def checked_rows(
             f"--model {config.model} is English-only, and row 1 of --source {config.source} is "
             f"in {settled.detail}: give a multilingual model (no .en at the end of its name)"
         )
+    if settled.problem == clips.UNKNOWN_LANGUAGE:
+        print(
+            f"warning: clips in {settled.detail}, such as row 1, are left out, for --model "
+            f"{config.model} does not know it: {labels.advice(settled.language or settled.detail)}"
+        )
+    own = labels.find_language(first.language)
+    if config.language and first.language and own != labels.find_language(config.language):
+        print(f"--language {config.language} is taken for all rows; row 1 says {first.language}")
     rows = itertools.chain([first], rows) if span is None else sources.read(source, *span)
-    yield from with_languages(rows, config, source.form)
+    yield from with_languages(rows, config)
 
 
 def refuse_nothing(facts: np.ndarray, paths: list[Path], config: Config) -> None:
@@ -529,14 +533,17 @@ def refuse_nothing(facts: np.ndarray, paths: list[Path], config: Config) -> None
         return
     counts = Counter(facts["reason"].tolist()).most_common()
     reasons = ", ".join(f"{count} {clips.REASONS[code]}" for code, count in counts)
+    remedy = "mend it"
     for part in map(parts.read, paths[:1]):
         first = part.select(["id", "detail", "reason"]).slice(0, 1).to_pylist()[0]
         why = first["detail"] or clips.REASONS[first["reason"]]
         reasons += f"; the first, {first['id']}: {why}"
+        if clips.REASONS[first["reason"]] == clips.UNKNOWN_LANGUAGE:
+            remedy = f"--language: {labels.advice(labels.find_language(why) or why)}"
     for path in paths:
         path.unlink(missing_ok=True)
     raise cli.UserError(
-        f"--source {config.source} leaves none of its {len(facts)} clips ({reasons}): mend it"
+        f"--source {config.source} leaves none of its {len(facts)} clips ({reasons}): {remedy}"
     )
 
 

@@ -15,14 +15,16 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
+from common import languages
 from common.cli import UserError
+from common.languages import ALIASES
 
 MAX_LABELS = 448  # the decoder's position table
 ENGLISH_ONLY_END = 50_256  # <|endoftext|> of the 51,864-token vocabulary, which is GPT-2's
 START, END, NO_TIMESTAMPS = "<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"
 TASKS = ("transcribe", "translate")
-# Other spellings of the same language: old ISO codes, Common Voice's and FLEURS' names.
-ALIASES = {"iw": "he", "jv": "jw", "nb": "no", "fil": "tl", "cmn": "zh"}
+MISSPELT = 0.8  # likeness of names; Irish and yiddish have 0.67, marathy and marathi 0.86
+LONGEST_CODE = 3  # letters: codes are all alike
 SPECIAL = re.compile(r"<\|[^|]*\|>")
 
 
@@ -30,34 +32,32 @@ SPECIAL = re.compile(r"<\|[^|]*\|>")
 
 
 def find_language(name: str) -> str:
-    """Whisper's code for a code, a name or a locale; `""` where there is none.
-
-    >>> find_language("Marathi"), find_language("hi-IN"), find_language("cmn_hans_cn")
-    ('mr', 'hi', 'zh')
-    """
-    word = name.strip().lower()
-    if word in TO_LANGUAGE_CODE:
-        return TO_LANGUAGE_CODE[word]
-    code = re.split("[-_]", word)[0]
-    code = ALIASES.get(code, code)
-    return code if code in LANGUAGES else ""
+    """Whisper's code for a code, a name or a locale; `""` where there is none."""
+    return languages.find(name)
 
 
 def language_code(name: str, option: str = "--language") -> str:
     """Whisper's code for `mr`, `Marathi` or `mr-IN`.
 
     Raises:
-        UserError: no such language; names the nearest.
+        UserError: no such language; advises a related one, or names that which was misspelt.
     """
     code = find_language(name)
     if code:
         return code
-    known = [*LANGUAGES, *TO_LANGUAGE_CODE]
-    close = difflib.get_close_matches(name.strip().lower(), known, n=1, cutoff=0.5)
-    hint = "give a code such as hi or a name such as hindi"
-    if close:
-        hint = f"did you mean {_spell(close[0])}?"
-    raise UserError(f"{option} {name!r} is not a language Whisper knows: {hint}")
+    raise UserError(f"{option} {name!r} is not a language Whisper knows: {advice(name)}")
+
+
+def advice(name: str) -> str:
+    """What to give for a language that Whisper lacks, or that nobody knows."""
+    relative = languages.related(name)
+    if relative:
+        return f"it has no token; give that of a related language, such as {_spell(relative)}"
+    known = [*LANGUAGES.values(), *TO_LANGUAGE_CODE]
+    close = difflib.get_close_matches(languages.plain(name), known, n=1, cutoff=MISSPELT)
+    if close and len(close[0]) > LONGEST_CODE:
+        return f"did you mean {_spell(close[0])}?"
+    return "give a code such as hi or a name such as hindi, for one that it lacks a related one's"
 
 
 def _spell(known: str) -> str:

@@ -313,7 +313,7 @@ def _read_hub(source: Source) -> Iterator[Row]:
         raise UserError(
             f"--source {source.name} names no dataset: give hub:NAME or hub:NAME:CONFIG"
         )
-    from datasets import Audio
+    from datasets import Audio, ClassLabel
 
     splits = _load_hub(source.name, name, config)
     known = {split: _hub_split(split) for split in splits if _hub_split(split)}
@@ -330,7 +330,17 @@ def _read_hub(source: Source) -> Iterator[Row]:
         dataset = splits[split]
         named = _hub_columns(source, dataset)
         dataset = dataset.cast_column(named[0], Audio(decode=False))
+        names = {
+            column: feature.int2str
+            for column, feature in (dataset.features or {}).items()
+            if isinstance(feature, ClassLabel)
+        }
         for number, record in enumerate(dataset, start=1):
+            for column, name_of in names.items():
+                if isinstance(record[column], int) and record[column] >= 0:  # -1: not known
+                    record[column] = name_of(record[column])
+                else:
+                    record[column] = None
             yield _hub_row(source, name, known[split], f"{split}-{number:08d}", named, record)
 
 

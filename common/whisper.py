@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from common import audio
 from common.cli import UserError
+from common.languages import ALIASES
 from common.loss import token_loss_sum
 
 # PEFT imports bitsandbytes, which advises users of some CPUs to install one more package.
@@ -151,13 +152,15 @@ def complete_generation_config(
     """
     config, ids = model.generation_config, tokenizer.get_added_vocab()
     config.forced_decoder_ids = None
-    if getattr(config, "lang_to_id", None) or "<|transcribe|>" not in ids:
-        return
-    first, last = ids["<|startoftranscript|>"] + 1, ids["<|translate|>"]
-    config.is_multilingual = True
-    config.lang_to_id = {name: at for name, at in ids.items() if first <= at < last}
-    config.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
-    config.no_timestamps_token_id = ids["<|notimestamps|>"]
+    if not getattr(config, "lang_to_id", None) and "<|transcribe|>" in ids:
+        first, last = ids["<|startoftranscript|>"] + 1, ids["<|translate|>"]
+        config.is_multilingual = True
+        config.lang_to_id = {name: at for name, at in ids.items() if first <= at < last}
+        config.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
+        config.no_timestamps_token_id = ids["<|notimestamps|>"]
+    for old, code in ALIASES.items():  # Hebrew is <|iw|> in Whisper's first releases
+        if f"<|{old}|>" in (getattr(config, "lang_to_id", None) or {}):
+            config.lang_to_id.setdefault(f"<|{code}|>", config.lang_to_id[f"<|{old}|>"])
 
 
 # ------ features

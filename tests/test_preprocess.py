@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -106,8 +107,9 @@ def test_rows_hold_what_the_contract_says(tmp_path, model):
         {"path": "a.wav", "text": "  मराठी  भाषा ", "speaker": "s1"},
         {"path": "b.wav", "text": "two", "language": "English", "split": "test"},
     ]
+    records[0]["language"] = "mr-IN"
     source = manifest(tmp_path / "data", records)
-    report = run(source, model, tmp_path / "out", audio_bits=16)
+    report = run(source, model, tmp_path / "out", audio_bits=16, language="")
     loaded = load_from_disk(tmp_path / "out")
     assert set(loaded) == {"train", "test"}
     assert loaded["train"].features == dataset.FEATURES
@@ -277,10 +279,12 @@ def test_every_unusable_clip_is_dropped_with_its_reason_and_the_rest_is_kept(tmp
         {"path": "last.wav", "text": "x" * 40},
         {"path": "x" * 300 + ".wav", "make": False},
     ]
+    for record in records:
+        record.setdefault("language", "mr")
     source = Path(manifest(data, records))
     bad = ["{", '{"path": "nul\\u0000.wav", "text": "x"}', '{"path": "u.wav", "text": "\\ud800"}']
     source.write_text(source.read_text() + "\n".join(bad) + "\n")
-    report = run(str(source), model, tmp_path / "out")
+    report = run(str(source), model, tmp_path / "out", language="")
     found = dropped(tmp_path / "out")
     assert found == expected
     assert load_from_disk(tmp_path / "out")["train"]["id"][:] == ["good", "last"]
@@ -745,7 +749,7 @@ def test_a_hub_dataset_is_prepared_like_any_other(tmp_path, model):
 # ------ languages and tokenizers
 
 
-def test_a_common_voice_locale_gives_way_to_the_language_option(tmp_path, model):
+def test_a_locale_gives_way_to_the_language_option(tmp_path, model):
     noise(tmp_path / "clips" / "a.wav")
     header = "client_id\tpath\tsentence\tlocale"
     (tmp_path / "validated.tsv").write_text(f"{header}\ns\ta.wav\ttext\thi-IN\n")
@@ -755,12 +759,90 @@ def test_a_common_voice_locale_gives_way_to_the_language_option(tmp_path, model)
     assert languages == ["hi", "mr"]
 
 
-@pytest.mark.parametrize(
-    ("name", "code"),
-    [("mr", "mr"), ("Marathi", "mr"), ("pt-BR", "pt"), ("iw", "he"), ("castilian", "es")],
+@pytest.mark.parametrize("form", ["manifest", "audiofolder", "hub"])
+def test_the_language_option_is_that_of_all_rows_whatever_they_say(tmp_path, model, capsys, form):
+    wav = noise(tmp_path / "data" / "a.wav").read_bytes()
+    other = noise(tmp_path / "data" / "b.wav", seed=1).read_bytes()
+    lines = '{"file_name": "a.wav", "text": "x", "language": "sw"}\n'
+    lines += '{"file_name": "b.wav", "text": "y", "language": "lug"}\n'
+    (tmp_path / "data" / "metadata.jsonl").write_text(lines)
+    audios = [{"bytes": wav, "path": "a.wav"}, {"bytes": other, "path": "b.wav"}]
+    records = {"audio": audios, "text": ["x", "y"], "language": ["sw", "lug"]}
+    hub = datasets.Dataset.from_dict(records).cast_column("audio", datasets.Audio(decode=False))
+    hub.to_parquet(tmp_path / "hub" / "train.parquet")
+    source = {
+        "manifest": str(tmp_path / "data" / "metadata.jsonl"),
+        "audiofolder": str(tmp_path / "data"),
+        "hub": f"hub:{tmp_path / 'hub'}",
+    }[form]
+    run(source, model, tmp_path / "out", language="cy")
+    assert load_from_disk(tmp_path / "out")["train"]["language"][:] == ["cy", "cy"]
+    assert "--language cy is taken for all rows; row 1 says sw" in capsys.readouterr().out
+
+
+def test_a_language_of_a_hub_dataset_may_be_a_class_label(tmp_path, model):
+    audios = [
+        {"bytes": noise(tmp_path / f"{at}.wav", seed=at).read_bytes(), "path": f"{at}.wav"}
+        for at in range(2)
+    ]
+    records = {"audio": audios, "text": ["x", "y"], "language": [1, 0]}
+    hub = datasets.Dataset.from_dict(records).cast_column("audio", datasets.Audio(decode=False))
+    hub = hub.cast_column("language", datasets.ClassLabel(names=["en", "hr"]))
+    hub.to_parquet(tmp_path / "hub" / "train.parquet")
+    run(f"hub:{tmp_path / 'hub'}", model, tmp_path / "out", language="")
+    assert load_from_disk(tmp_path / "out")["train"]["language"][:] == ["hr", "en"]
+
+
+def test_a_language_that_all_rows_have_and_whisper_lacks_is_refused_with_a_related_one(
+    tmp_path, model
+):
+    source = manifest(tmp_path, [{"path": "a.wav", "language": "ga-IE"}])
+    message = (
+        r"none of its 1 clips \(1 unknown language; .*ga-IE\): --language: .* such as cy \(welsh\)"
+    )
+    with pytest.raises(UserError, match=message):
+        run(source, model, tmp_path / "out", language="")
+
+
+SPELLINGS = (
+    "mr=mr Marathi=mr pt-BR=pt iw=he castilian=es eng=en hin=hi mar=mr pes=fa Farsi=fa fas=fa "
+    "mo=ro ji=yi in=id swh=sw khm=km nb-NO=no zh-HK=yue yue_hant_hk=yue zh-CN=zh zh-TW=zh cmn=zh "
+    "Māori=mi jv=jw Filipino=tl"
 )
+
+
+@pytest.mark.parametrize(("name", "code"), [pair.split("=") for pair in SPELLINGS.split()])
 def test_languages_are_understood_as_codes_names_and_locales(name, code):
     assert labels.language_code(name) == code
+
+
+RELATIVES = (
+    "Odia=bn Irish=cy ga-IE=cy Luganda=sw lg=sw ug=uz Uyghur=uz kmr=fa zh-min-nan=zh nan-tw=zh "
+    "Scottish Gaelic=cy Esperanto=it zul=sn"
+)
+
+
+@pytest.mark.parametrize(("name", "code"), re.findall(r"(\S[^=]*)=(\w+)", RELATIVES))
+def test_a_language_that_whisper_lacks_gets_the_advice_to_take_a_related_ones_token(name, code):
+    advice = rf"--language '{name}' .* related language, such as {code} \("
+    with pytest.raises(UserError, match=advice) as caught:
+        labels.language_code(name)
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["xx", "tlh", "Klingon", "Quenya", "Hittite"])
+def test_no_language_is_suggested_for_its_letters(name):
+    with pytest.raises(UserError, match=r"give a code such as hi .* a related one's"):
+        labels.language_code(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("marathy", "mr"), ("Portugese", "pt"), ("ukranian", "uk"), ("Bengoli", "bn")],
+)
+def test_a_misspelt_name_is_recognised(name, code):
+    with pytest.raises(UserError, match=rf"did you mean {code} \("):
+        labels.language_code(name)
 
 
 def altered_tokenizer(folder, change):
