@@ -245,6 +245,24 @@ def keep_bits(pcm: np.ndarray, bits: int) -> np.ndarray:
     return np.clip(rounded, -32768, 32768 - step).astype(np.int16)
 
 
+def encode_wav(samples: Any, rate: int) -> bytes:
+    """Encode lists or arrays of samples, (N,) or (channels, N), as a wav file of floats.
+
+    Raises:
+        ValueError: not numbers between -1 and 1, nor whole numbers of 16 bits.
+    """
+    array = np.asarray(samples)
+    if array.dtype.kind in "iu" and np.abs(array.astype(np.int64)).max(initial=0) <= 32768:
+        array = array / 32768.0
+    if array.dtype.kind != "f" or array.ndim not in (1, 2):
+        raise ValueError("the audio array is not one of samples, or of channels of samples")
+    if array.ndim == 2 and array.shape[0] < array.shape[1]:
+        array = array.T
+    buffer = io.BytesIO()
+    soundfile.write(buffer, array.astype(np.float32), rate, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
 def encode_flac(samples: np.ndarray) -> bytes:
     """Encode float (N,), or what `to_pcm` made of it, at 16 kHz as 16-bit FLAC."""
     pcm = samples if samples.dtype == np.int16 else to_pcm(samples)

@@ -15,6 +15,7 @@ from common.labels import MAX_LABELS, make_labels
 from common.sources import MALFORMED_ROW, NO_TEXT, OUTSIDE_SOURCE, UNKNOWN_SPLIT, Row
 from common.splits import hash64
 
+LOUDEST = 8.0  # overshoot of resampling and clipped mastering stay far below; integers do not
 DUPLICATE = "duplicate audio"
 AUDIO_OVERLAP = "audio also in another split"
 TEXT_OVERLAP = "text also in training"
@@ -125,6 +126,9 @@ def read_pcm(row: Row, checks: Checks) -> np.ndarray:
         raise DroppedError(NEEDS_PYAV, str(error)) from error
     except audio.AudioError as error:
         raise DroppedError("unreadable audio", str(error)) from error
+    peak = np.abs(samples).max(initial=0.0)
+    if peak > LOUDEST:
+        raise DroppedError("unreadable audio", f"samples up to {peak:.0f}, not between -1 and 1")
     pcm = audio.to_pcm(samples)
     seconds = len(pcm) / audio.SAMPLE_RATE
     if not pcm.any():

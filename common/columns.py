@@ -59,9 +59,9 @@ def as_text(value: Any) -> str:
     return str(value) if isinstance(value, int) else ""
 
 
-def text(record: dict[str, Any]) -> tuple[str, str]:
+def text(record: dict[str, Any], names: tuple[str, ...] = TEXT_COLUMNS) -> tuple[str, str]:
     """A row's transcript, and why it has none where that is not plain."""
-    for name in TEXT_COLUMNS:
+    for name in names:
         value = record.get(name)
         if isinstance(value, bool | list | dict):
             return "", f"{name} is not a text: {value!r}"[:100]
@@ -89,6 +89,12 @@ def _time_role(name: str) -> tuple[str, float] | None:
     roles = ("start", "end", "duration", "from", "to", "length")
     role = next(role for role in roles if match[role] is not None)
     return role, 0.0 if match["unread"] else 0.001 if match["milli"] else 1.0
+
+
+def is_time(name: str) -> bool:
+    """Whether a column says where a clip starts or ends in its file."""
+    role = _time_role(name)
+    return bool(role) and role[0] in ("start", "end")
 
 
 def times(record: dict[str, Any]) -> tuple[float | None, float | None]:

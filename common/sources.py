@@ -16,6 +16,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from common import columns, tables
+from common.audio import encode_wav
 from common.cli import UserError
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")  # of an audiofolder
@@ -100,9 +101,15 @@ def find(name: str, *, audio_column: str = "audio", text_column: str = "") -> So
     if not path.exists():
         raise UserError(f"--source {name} does not exist: give {FORMS}")
     if path.is_file():
+        if path.suffix.lower() == ".parquet":
+            raise UserError(
+                f"--source {name} is read as a dataset with its folder: give hub:{path.parent}"
+            )
         if path.suffix.lower() not in tables.SUFFIXES:
             raise UserError(f"--source {name} is not a source that is known: give {FORMS}")
         return Source("manifest", name, path.parent, (Table(path, path.parent),))
+    if _is_saved(path):
+        return Source("hub", name, audio_column=audio_column, text_column=text_column)
     found = _common_voice_tables(path)
     if found:
         return Source("common_voice", name, path, found)
@@ -113,6 +120,8 @@ def find(name: str, *, audio_column: str = "audio", text_column: str = "") -> So
         entry.name for entry in path.iterdir() if entry.suffix.lower() in tables.SUFFIXES
     )
     hint = f"give the manifest itself (--source {path / manifests[0]})" if manifests else ""
+    if not hint and next(path.rglob("*.parquet"), None):
+        hint = f"give its parquet files as a dataset (--source hub:{path})"
     raise UserError(f"--source {name} is not a source that is known: {hint or 'give ' + FORMS}")
 
 
@@ -137,6 +146,12 @@ def _common_voice_tables(folder: Path) -> tuple[Table, ...]:
             f"{folder}/train.tsv has no rows: all clips of validated.tsv are taken, without splits"
         )
     return (Table(validated, clips),)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the datasets library wrote a folder."""
+    names = ("dataset_dict.json",), ("dataset_info.json", "state.json")
+    return any(all((folder / name).is_file() for name in group) for group in names)
 
 
 def _has_rows(path: Path) -> bool:
@@ -183,6 +198,8 @@ def fingerprint(source: Source) -> tuple[str, int | None]:
 
 def count(source: Source) -> int:
     """Rows that `read` yields of a source of tables: exactly, where lines are an estimate."""
+    if source.form == "hub":
+        raise UserError(f"--num_shards: --source {source.name} is not cut into shards: give 1")
     return sum(1 for table in source.tables for _ in _records(source, table))
 
 
@@ -299,16 +316,28 @@ def _guarded(source: Source) -> Iterator[Row]:
         yield from _read_hub(source)
     except UserError:
         raise
+    except (TypeError, KeyError, ImportError) as error:
+        raise UserError(
+            f"--source {source.name} holds what is not read ({_reason(error)}): give a manifest of "
+            "its files"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _reason(error)
         raise UserError(
             f"--source {source.name} broke off ({reason}): start again, finished clips are kept"
         ) from error
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _read_hub(source: Source) -> Iterator[Row]:
     """Stream a Hub dataset; a second start streams it again, but decodes only what is missing."""
     name, _, config = source.name.removeprefix("hub:").partition(":")
+    if not source.name.startswith("hub:"):
+        name, config = source.name, ""
     if not name:
         raise UserError(
             f"--source {source.name} names no dataset: give hub:NAME or hub:NAME:CONFIG"
@@ -329,7 +358,9 @@ def _read_hub(source: Source) -> Iterator[Row]:
     for split in known:
         dataset = splits[split]
         named = _hub_columns(source, dataset)
-        dataset = dataset.cast_column(named[0], Audio(decode=False))
+        if not _is_array(dataset.features[named[0]] if dataset.features else None):
+            dataset = dataset.cast_column(named[0], Audio(decode=False))
+        _tell_times(source, dataset)
         names = {
             column: feature.int2str
             for column, feature in (dataset.features or {}).items()
@@ -345,15 +376,17 @@ def _read_hub(source: Source) -> Iterator[Row]:
 
 
 def _load_hub(option_value: str, name: str, config: str) -> dict[str, Any]:
-    from datasets import load_dataset
+    from datasets import load_dataset, load_from_disk
 
     try:
+        if _is_saved(Path(name).expanduser()):
+            found = load_from_disk(Path(name).expanduser())
+            return dict(found) if isinstance(found, dict) else {"train": found}
         return dict(load_dataset(name, config or None, streaming=True))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise UserError(
-            f"--source {option_value} cannot be loaded ({reason}): check its name and CONFIG, the "
-            "network, and HF_TOKEN if it is gated"
+            f"--source {option_value} cannot be loaded ({_reason(error)}): check its name and "
+            "CONFIG, the network, and HF_TOKEN if it is gated"
         ) from error
 
 
@@ -387,27 +420,65 @@ def _hub_row(
     named: tuple[str, str],
     record: dict[str, Any],
 ) -> Row:
-    audio = record[named[0]] or {}
+    audio = record[named[0]]
+    if isinstance(audio, list):
+        audio = {"array": audio, "sampling_rate": record.get("sampling_rate")}
+    audio = {"bytes": audio} if isinstance(audio, bytes) else audio or {}
     cells = {columns.column_name(key): cell for key, cell in record.items()}
     path = audio.get("path") or ""
-    clip_id = PurePosixPath(path).stem if path else unnamed
+    text, no_text = columns.text(record, (named[1],))
     row = Row(
-        id=clip_id,
+        id=PurePosixPath(path).stem if path else unnamed,
         audio=audio.get("bytes") or b"",
-        text=columns.as_text(record.get(named[1])),
+        text=text,
         split=split,
         speaker=columns.cell(cells, columns.SPEAKER_COLUMNS, columns.MISSING_ID),
         language=columns.cell(cells, columns.LANGUAGE_COLUMNS, columns.MISSING_ID),
+        problem=NO_TEXT if no_text else "",
+        detail=no_text,
     )
-    if row.audio:
+    if row.audio or row.problem:
         return row
+    if audio.get("array") is not None:
+        return _with_array(source, row, audio)
     if not path:
         return replace(row, problem=MALFORMED_ROW, detail="no audio")
     if path.startswith("hf://") or "::hf://" in path:
         return _fetched(row, path)
-    if Path(name).is_dir() and _is_inside(path, os.path.realpath(name)):
-        return replace(row, path=path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():  # parquet files often lie in `data`, beside or above the audio
+        places = [folder / path, folder / "data" / path]
+        found = next((str(place) for place in places if place.is_file()), str(places[0]))
+        if _is_inside(found, os.path.realpath(folder)):
+            return replace(row, path=found)
     return replace(row, problem=OUTSIDE_SOURCE, detail=path)
+
+
+def _is_array(feature: Any) -> bool:
+    """Whether a column holds samples, not files."""
+    names = feature if isinstance(feature, dict) else ()
+    return "array" in names or type(feature).__name__ in ("List", "LargeList", "Sequence")
+
+
+def _with_array(source: Source, row: Row, audio: dict[str, Any]) -> Row:
+    """The row with samples as a wav file. An array without a rate is an error: all rows lack it."""
+    rate = audio.get("sampling_rate")
+    if not isinstance(rate, int) or rate <= 0:
+        raise UserError(
+            f"--hub_audio_column {source.audio_column}: holds samples without a sampling_rate in "
+            f"--source {source.name}: store audio files, or a column sampling_rate"
+        )
+    try:
+        return replace(row, audio=encode_wav(audio["array"], rate))
+    except ValueError as error:
+        return replace(row, problem=MALFORMED_ROW, detail=str(error))
+
+
+def _tell_times(source: Source, dataset: Any) -> None:
+    """Say that columns of times are not used: a Hub dataset's audio is cut already."""
+    times = [name for name in dataset.features or () if columns.is_time(columns.column_name(name))]
+    if times:
+        print(f"the audio of {source.name} is taken whole: {', '.join(times)} are not used")
 
 
 def _fetched(row: Row, path: str) -> Row:

@@ -292,6 +292,20 @@ def test_every_unusable_clip_is_dropped_with_its_reason_and_the_rest_is_kept(tmp
     assert sum(report["dropped"].values()) == 20 and report["dropped"]["empty audio"] == 2
 
 
+def test_samples_that_are_not_between_minus_one_and_one_are_not_clipped_to_a_square(
+    tmp_path, model
+):
+    for name, loud in (("integers", 20_000), ("overshoot", 1.5)):
+        samples = loud * np.sin(np.arange(16_000) / 10)
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16_000, subtype="FLOAT")
+    run(
+        manifest(tmp_path, [{"path": "integers.wav"}, {"path": "overshoot.wav"}]),
+        model,
+        tmp_path / "out",
+    )
+    assert dropped(tmp_path / "out") == {"integers": "unreadable audio"}
+
+
 def test_448_labels_are_kept(tmp_path, model):
     noise(tmp_path / "a.wav", seconds=20)
     text = "x" * (448 - 5)

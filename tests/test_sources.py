@@ -1,6 +1,7 @@
 """common/sources.py: the forms are told apart; every row comes out, good or with its problem."""
 
 import csv
+import io
 import json
 
 import numpy as np
@@ -346,3 +347,90 @@ def test_a_hub_dataset_that_cannot_be_reached_is_one_line(monkeypatch):
 )
 def test_hub_split_names_are_understood(name, split):
     assert sources._hub_split(name) == split
+
+
+def parquet(folder, records):
+    """A folder of one parquet file of records, whose audio column is as given."""
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_dict(records)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    made.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return f"hub:{folder}"
+
+
+SAMPLES = [round(0.3 * float(np.sin(at / 5)), 4) for at in range(4_000)]
+
+
+@pytest.mark.parametrize(
+    ("audio", "channels"),
+    [
+        ({"array": SAMPLES, "path": "a.wav", "sampling_rate": 8_000}, 1),
+        ({"array": [SAMPLES, SAMPLES], "path": "a.wav", "sampling_rate": 8_000}, 2),
+        ({"array": [round(32_768 * one) for one in SAMPLES], "sampling_rate": 8_000}, 1),
+    ],
+)
+def test_arrays_of_samples_are_read_at_their_rate(tmp_path, audio, channels):
+    (row,) = rows(parquet(tmp_path, {"audio": [audio], "text": ["x"]}))
+    samples, rate = soundfile.read(io.BytesIO(row.audio), always_2d=True)
+    assert (rate, samples.shape, row.problem) == (8_000, (4_000, channels), "")
+    assert np.abs(samples[:, 0] - SAMPLES).max() < 1e-4
+
+
+def test_a_list_of_samples_needs_a_rate(tmp_path):
+    records = {"audio": [SAMPLES], "text": ["x"]}
+    with pytest.raises(UserError, match="--hub_audio_column audio: holds samples without a sampl"):
+        rows(parquet(tmp_path / "without", records))
+    (row,) = rows(parquet(tmp_path / "with", {**records, "sampling_rate": [8_000]}))
+    assert soundfile.info(io.BytesIO(row.audio)).samplerate == 8_000
+
+
+@pytest.mark.parametrize("array", [[100_000, 3], [["x"]]])
+def test_an_array_that_is_no_sound_is_a_problem_of_its_row(tmp_path, array):
+    audio = {"array": array, "sampling_rate": 8_000}
+    (row,) = rows(parquet(tmp_path, {"audio": [audio], "text": ["x"]}))
+    assert row.problem == "malformed row" and "audio array" in row.detail
+
+
+@pytest.mark.parametrize("place", ["clips", "data/clips"])
+@pytest.mark.parametrize("is_text", [True, False])
+def test_paths_in_local_parquet_are_relative_to_its_folder(tmp_path, place, is_text):
+    path = touch(tmp_path / place / "a.wav")
+    audios = ["clips/a.wav", "../b.wav", str(path)]
+    if not is_text:
+        audios = [{"path": name, "bytes": None} for name in audios]
+    found = rows(parquet(tmp_path, {"audio": audios, "text": ["x", "y", "z"]}))
+    assert [row.problem for row in found] == ["", sources.OUTSIDE_SOURCE, ""]
+    assert found[0].path == found[2].path == str(path)
+
+
+def test_a_folder_that_save_to_disk_wrote_is_a_source(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(16_000) / 10), 16_000)
+    audio = [{"bytes": (tmp_path / "a.wav").read_bytes(), "path": "a.wav"}]
+    made = datasets.Dataset.from_dict({"audio": audio, "text": ["x"]})
+    made = made.cast_column("audio", datasets.Audio(decode=False))
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "two")
+    for name in ("one", "two"):
+        for prefix in ("", "hub:"):
+            found = rows(f"{prefix}{tmp_path / name}")
+            splits = {"one": ["train"], "two": ["train", "test"]}[name]
+            assert [(row.id, row.split, row.audio[:4]) for row in found] == [
+                ("a", split, b"RIFF") for split in splits
+            ]
+    with pytest.raises(UserError, match=r"--num_shards: .* is not cut into shards: give 1"):
+        sources.count(sources.find(str(tmp_path / "one")))
+
+
+def test_parquet_that_is_given_without_hub_is_refused_with_the_remedy(tmp_path):
+    parquet(tmp_path, {"audio": [SAMPLES], "text": ["x"]})
+    with pytest.raises(UserError, match=rf"--source hub:{tmp_path}\)"):
+        sources.find(str(tmp_path))
+    with pytest.raises(UserError, match=r"give hub:.*data$"):
+        sources.find(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
+
+
+def test_times_in_a_hub_dataset_are_told_not_to_be_used(tmp_path, capsys):
+    audio = {"array": SAMPLES, "sampling_rate": 8_000}
+    rows(parquet(tmp_path, {"audio": [audio], "text": ["x"], "begin_time": [1.5]}))
+    assert "is taken whole: begin_time are not used" in capsys.readouterr().out
