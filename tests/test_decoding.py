@@ -109,6 +109,9 @@ def test_keys_and_values_are_held_in_the_precision_that_autocast_computes_in(bas
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             cache = decoding._new_cache(layer, [states], 8)
         assert {cache.keys.dtype, cache.values.dtype, cache.heard[0][0].dtype} == {precision}
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize("is_known", [True, False])
 def test_hebrew_spelt_iw_is_decoded_as_hebrew_is(base, checkpoint, num_beams, is_known):
     tokenizer = labels.load_tokenizer(str(checkpoint))
