@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from common import batching, cli, decoding, engine, labels, metrics, precision, whisper
-from common.batching import Context, DecodeBatch, DecodeWindow
+from common.batching import DecodeBatch, DecodeContext, DecodeWindow
 from common.collator import SpeechCollator, load_batches
 from common.dataset import column, load_prepared
 from common.files import write_json, write_text
@@ -54,7 +54,7 @@ class Config:
     data_dir: str = os.environ.get("SM_CHANNEL_TEST", "prepared")  # folder of preprocess.py
     split: str = "test"  # train, validation or test
     max_clips: int = 0  # score only the first so many clips; 0 scores all
-    context: Context = "auto"  # window: auto follows each clip's length, full is 30 seconds
+    context: DecodeContext = "auto"  # natural follows the clip, full is 30 s, auto as trained
     batch_seconds: float = 0.0  # seconds of window a batch; 0 fits the memory
     num_beams: int = 1  # 1 decodes greedily
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
@@ -70,6 +70,7 @@ class Prediction:
     id: str
     text: str
     hit_cap: bool  # the token cap cut it off: most likely a loop
+    decoded_again: bool = False  # at 30 seconds, as its own window gave a loop or hit the cap
 
 
 # ------ decoding
@@ -114,13 +115,50 @@ def transcribe(
     num_workers: int = 0,
     quiet: bool = True,
 ) -> list[Prediction]:
-    """Decode `batches` of clips of `dataset` in this process."""
+    """Decode `batches` of clips of `dataset` in this process.
+
+    A clip whose text loops or hits its cap at a window shorter than 30 seconds is decoded once more
+    at 30 seconds, and that text counts: which clips are is a matter of each clip alone.
+    """
+    once = partial(
+        _transcribe_once, model, tokenizer, dataset, task=task, tokens_per_second=tokens_per_second,
+        num_beams=num_beams, num_workers=num_workers, quiet=quiet,
+    )  # fmt: skip
+    found = once(batches)
+    again = sorted(clip for clip, (_, failed) in found.items() if failed)
+    if again:
+        held = max(sum(batch.windows) for batch in batches)  # as much memory as before
+        planned = batching.decode_plan(
+            column(dataset, "seconds")[again],
+            batch_seconds=held / batching.POSITIONS_PER_SECOND,
+            context="full",
+            window=batching.UNTRAINED,
+        )
+        wide = [replace(one, clips=tuple(again[row] for row in one.clips)) for one in planned]
+        for clip, (prediction, _) in once(wide).items():
+            found[clip] = replace(prediction, decoded_again=True), False
+    return [prediction for prediction, _ in found.values()]
+
+
+def _transcribe_once(
+    model: WhisperForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    batches: Sequence[DecodeBatch],
+    *,
+    task: str,
+    tokens_per_second: float,
+    num_beams: int,
+    num_workers: int,
+    quiet: bool,
+) -> dict[int, tuple[Prediction, bool]]:
+    """Predictions by row of `dataset`, and whether each is one that 30 seconds may mend."""
     collate = collator_for(model)
     english_only = labels.is_english_only(tokenizer)
     seconds, languages = column(dataset, "seconds"), column(dataset, "language")
     ids = column(dataset, "id")
     loader = load_batches(dataset, batches, collate, num_workers=num_workers)
-    predictions = []
+    found = {}
     collated = track(loader, total=len(batches), what="decoding, batches", quiet=quiet)
     for batch, inputs in zip(batches, collated, strict=True):
         clips = list(batch.clips)
@@ -134,10 +172,12 @@ def transcribe(
             caps=caps,
             num_beams=num_beams,
         )
-        for clip, tokens, cap in zip(clips, decoded, caps, strict=True):
+        for clip, window, tokens, cap in zip(clips, batch.windows, decoded, caps, strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            predictions.append(Prediction(str(ids[clip]), text, len(tokens) >= cap))
-    return predictions
+            hit_cap = len(tokens) >= cap
+            failed = window < batching.FULL_CONTEXT and (hit_cap or decoding.loops(tokens))
+            found[clip] = Prediction(str(ids[clip]), text, hit_cap), failed
+    return found
 
 
 def gather(predictions: list[Prediction]) -> dict[str, Prediction]:
@@ -165,6 +205,7 @@ def score(
     return {
         "clips": len(found),
         "clips_at_cap": sum(one.hit_cap for one in found),
+        "clips_decoded_again": sum(one.decoded_again for one in found),
         "normalisers": {
             name: metrics.ErrorRate(name, spelling=spelling).compute(
                 predictions=texts, references=references
@@ -190,6 +231,7 @@ def worst_clips(dataset: Dataset, predictions: dict[str, Prediction]) -> list[di
                 "reference": str(text),
                 "hypothesis": said.text,
                 "hit_cap": said.hit_cap,
+                "decoded_again": said.decoded_again,
             }
         )
     return sorted(rows, key=lambda row: (-row["word_errors"], row["id"]))[:WORST_CLIPS]
@@ -199,6 +241,7 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
     """Rates of all systems side by side, a line a measure."""
     first = next(iter(systems.values()))
     lines = [" " * 22 + "".join(f"{name:>12}" for name in systems)]
+    lines.append(f"{'window':<22}" + "".join(f"{one['window']:>12}" for one in systems.values()))
     for rate in ("wer", "cer"):
         for normaliser in first["normalisers"]:
             values = (one["normalisers"][normaliser][rate] for one in systems.values())
@@ -206,7 +249,10 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
                 f"{rate.upper()} {normaliser:<18}" + "".join(f"{value:12.2f}" for value in values)
             )
     lines += [_edits(systems, normaliser) for normaliser in first["normalisers"]]
-    last = (("clips_at_cap", "12d"), ("real_time_factor", "12.3f"), ("peak_memory_gib", "12.2f"))
+    last = (
+        ("clips_at_cap", "12d"), ("clips_decoded_again", "12d"), ("real_time_factor", "12.3f"),
+        ("peak_memory_gib", "12.2f"),
+    )  # fmt: skip
     for measure, form in last:
         values = (one[measure] for one in systems.values())
         lines.append(f"{measure:<22}" + "".join(f"{value:{form}}" for value in values))
@@ -243,6 +289,7 @@ def write_results(
         said = {name: found[row["id"]] for name, found in texts.items()}
         row |= {name: one.text for name, one in said.items()}
         row |= {f"{name}_hit_cap": one.hit_cap for name, one in said.items()}
+        row |= {f"{name}_decoded_again": one.decoded_again for name, one in said.items()}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(output / "predictions.jsonl", "".join(lines))
     write_json(output / "wer.json", systems | {"recipe": recipe(config)})
@@ -296,18 +343,13 @@ def check_base(config: Config, record: dict[str, Any], model: torch.nn.Module) -
         )
 
 
-def decode_window(record: dict[str, Any] | None) -> DecodeWindow:
-    """The decoding window of what was trained, by its record; the wide one without."""
-    return batching.UNTRAINED if record is None else batching.trained_window(record["window"])
-
-
 def plan_batches(
     accelerator: Accelerator,
     model_config: WhisperConfig,
     seconds: np.ndarray,
     *,
     bytes_per_value: int,
-    context: Context,
+    context: DecodeContext,
     window: DecodeWindow,
     batch_seconds: float = 0.0,
     num_beams: int = 1,
@@ -381,21 +423,25 @@ def evaluate(config: Config) -> None:
         record = read_record(adapter or config.model)
         if adapter and record:  # of one trained elsewhere, shapes are all there is to compare
             check_base(config, record, model)
-        window = decode_window(record)
+        policy = record and record["window"]
+        window, context = batching.natural_window(policy), config.context
+        if context == "auto":
+            context = batching.trained_context(policy)
         batches, batch_seconds = plan_batches(
             accelerator,
             model.config,
             seconds,
             bytes_per_value=model.dtype.itemsize,
-            context=config.context,
+            context=context,
             window=window,
             batch_seconds=config.batch_seconds,
             num_beams=config.num_beams,
         )
-        after = f" ({window.margin / batching.POSITIONS_PER_SECOND:.2f} s after the speech)"
+        margin = window.margin / batching.POSITIONS_PER_SECOND
+        after = f" ({margin:.2f} s after the speech)" if context == "natural" else ""
         say(
-            f"decoding with {adapter or config.model}, {config.context} window"
-            f"{after if config.context == 'auto' else ''}, {len(batches)} batches"
+            f"decoding with {adapter or config.model}, {context} window{after}, "
+            f"{len(batches)} batches"
         )
         start = time.perf_counter()
         mine = transcribe(
@@ -412,6 +458,7 @@ def evaluate(config: Config) -> None:
         texts[name] = gather(mine)
         wall_seconds = time.perf_counter() - start
         systems[name] = score(dataset, texts[name], tokenizer) | {
+            "window": context,
             "audio_seconds": float(seconds.sum()),
             "batch_seconds": batch_seconds,
             "wall_seconds": wall_seconds,

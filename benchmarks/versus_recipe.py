@@ -160,7 +160,7 @@ def our_training(
             *more,
         ],
     }  # fmt: skip
-    for window in ("auto", "full"):
+    for window in ("natural", "full"):
         commands[window] = [
             "eval_wer.py", "--model", config.model, "--adapter", run / "adapter", "--data_dir",
             data, "--context", window, "--precision", precision, "--output_dir", run / window,
@@ -176,16 +176,17 @@ def our_training(
     told = json.loads((run / "train.json").read_text(encoding="utf-8"))
     found["train"] |= training_speed(run / "metrics.jsonl", recipe.BATCH_SIZE, data)
     found["train"] |= {name: told[name] for name in ("first_step_seconds", "encoder_cache_seconds")}
-    for window in ("auto", "full"):
+    for window in ("natural", "full"):
         told = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
         rates = told["normalisers"]["raw"]
         found[window] |= {
             "clips": told["clips"],
             "seconds": told["wall_seconds"],
             "clips_at_cap": told["clips_at_cap"],
+            "clips_decoded_again": told["clips_decoded_again"],
             "scores": {"wer": rates["wer"], "cer": rates["cer"]},
         }
-    return {"train": found["train"], "evaluate": found["auto"], "evaluate_full": found["full"]}
+    return {"train": found["train"], "evaluate": found["natural"], "evaluate_full": found["full"]}
 
 
 def prepared_clips(data: Path) -> int:

@@ -31,6 +31,7 @@ CACHE_MARGIN = 96  # the middle of TRAIN_MARGIN
 CACHE_MULTIPLE = 64  # windows must repeat to batch
 
 Context = Literal["auto", "full"]
+DecodeContext = Literal["auto", "natural", "full"]
 
 
 @dataclass(frozen=True)
@@ -238,19 +239,33 @@ def micro_batches(
 # ------ decoding
 
 
-def trained_window(policy: Mapping[str, object]) -> DecodeWindow:
-    """The decoding window of an adapter that was trained under a `window_policy`."""
-    if policy["context"] == "full":
+def is_trained_on_short_windows(policy: Mapping[str, object] | None) -> bool:
+    """Whether a model's record says so: that of any model but ours is `None`."""
+    return policy is not None and policy["context"] != "full"
+
+
+def trained_context(policy: Mapping[str, object] | None) -> DecodeContext:
+    """The windows that a model was trained for; Whisper itself knows 30 seconds only."""
+    return "natural" if is_trained_on_short_windows(policy) else "full"
+
+
+def natural_window(policy: Mapping[str, object] | None) -> DecodeWindow:
+    """How much longer than a clip its natural window is, for a model with this record."""
+    if not is_trained_on_short_windows(policy):
         return UNTRAINED
     return DecodeWindow(int(policy["decode_margin"]), int(policy["decode_floor"]))
 
 
-def decode_context(seconds: float, context: Context, window: DecodeWindow) -> int:
+def decode_context(seconds: float, context: DecodeContext, window: DecodeWindow) -> int:
     """Encoder positions a clip is decoded with: a function of the clip alone, never of its batch.
 
-    >>> [decode_context(seconds, "auto", UNTRAINED) for seconds in (1.0, 5.0)]
+    Args:
+        context: "full" is 30 seconds; "natural" follows the clip, and so does "auto", as training
+            has it.
+
+    >>> [decode_context(seconds, "natural", UNTRAINED) for seconds in (1.0, 5.0)]
     [256, 384]
-    >>> [decode_context(seconds, "auto", TRAINED) for seconds in (1.0, 5.0)]
+    >>> [decode_context(seconds, "natural", TRAINED) for seconds in (1.0, 5.0)]
     [128, 320]
     >>> decode_context(5.0, "full", TRAINED)
     1500
@@ -260,7 +275,7 @@ def decode_context(seconds: float, context: Context, window: DecodeWindow) -> in
     return _window(seconds, window.margin, DECODE_MULTIPLE, window.floor)
 
 
-def decode_windows(seconds: np.ndarray, context: Context, window: DecodeWindow) -> np.ndarray:
+def decode_windows(seconds: np.ndarray, context: DecodeContext, window: DecodeWindow) -> np.ndarray:
     """`decode_context` (N,) of clips (N,)."""
     return np.array([decode_context(float(one), context, window) for one in seconds])
 
@@ -269,7 +284,7 @@ def decode_plan(
     seconds: np.ndarray,
     *,
     batch_seconds: float,
-    context: Context,
+    context: DecodeContext,
     window: DecodeWindow,
     num_processes: int = 1,
 ) -> list[DecodeBatch]:

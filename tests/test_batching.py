@@ -141,8 +141,11 @@ def test_a_decoding_window_leaves_the_margin_that_keeps_base_models_from_looping
 
 
 def test_an_adapter_is_decoded_at_the_windows_it_was_trained_for():
-    assert batching.trained_window(batching.window_policy("auto")) == batching.TRAINED
-    assert batching.trained_window(batching.window_policy("full")) == batching.UNTRAINED
+    assert batching.natural_window(batching.window_policy("auto")) == batching.TRAINED
+    assert batching.natural_window(batching.window_policy("full")) == batching.UNTRAINED
+    assert batching.natural_window(None) == batching.UNTRAINED
+    policies = (batching.window_policy("auto"), batching.window_policy("full"), None)
+    assert [batching.trained_context(one) for one in policies] == ["natural", "full", "full"]
     low, high = batching.TRAIN_MARGIN
     for seconds in SECONDS:
         margin = batching.decode_context(seconds, "auto", batching.TRAINED)

@@ -125,3 +125,14 @@ def test_hebrew_spelt_iw_is_decoded_as_hebrew_is(base, checkpoint, num_beams, is
     tokenizer = SimpleNamespace(get_added_vocab=lambda: ids)
     whisper.complete_generation_config(base, tokenizer)
     assert decode(base, waves(), **options) == expected
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 5, 40])
+def test_a_text_loops_where_its_tokens_repeat_whatever_stands_around_them(period):
+    unit, other = list(range(period)), list(range(100, 160))
+    repeats = max(4, -(-12 // period))
+    assert decoding.loops(unit * repeats)
+    assert decoding.loops(other + unit * repeats + other)
+    assert not decoding.loops(other + (unit * repeats)[:-1] + other)
+    assert not decoding.loops(other)
+    assert not decoding.loops([])

@@ -10,7 +10,7 @@ import torch
 
 import eval_wer
 import train_lora
-from common import cli
+from common import cli, whisper
 from common.dataset import load_prepared
 
 
@@ -25,6 +25,19 @@ def adapter(checkpoint, prepared, tmp_path_factory):
     )  # fmt: skip
     train_lora.main(config)
     return run / "adapter"
+
+
+@pytest.fixture(scope="module")
+def ending(checkpoint, tmp_path_factory):
+    """Options of a base that ends some clips by itself at its natural window, and others not."""
+    folder = tmp_path_factory.mktemp("ending")
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    model = whisper.load_base(str(checkpoint), dtype=torch.float32)
+    torch.manual_seed(6)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.05)
+    model.generation_config.begin_suppress_tokens = [tiny.END]
+    model.save_pretrained(folder)
+    return {"model": str(folder), "adapter": "", "compare_base": False, "context": "natural"}
 
 
 @pytest.fixture
@@ -54,6 +67,7 @@ def scores(result):
     return {
         name: {key: value for key, value in result[name].items() if key not in clocks}
         for name in ("base", "adapter")
+        if name in result
     }
 
 
@@ -72,6 +86,47 @@ def test_base_and_adapter_are_scored_on_the_same_clips(options, prepared):
     assert result["recipe"]["config"]["model"] == options["model"]
 
 
+def texts(options, name):
+    rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
+    return [row[name] for row in rows]
+
+
+def test_each_model_is_decoded_at_the_window_it_was_trained_for(options):
+    result = evaluate(options)
+    assert (result["base"]["window"], result["adapter"]["window"]) == ("full", "natural")
+    own = {name: texts(options, name) for name in ("base", "adapter")}
+    found = {}
+    for context in ("natural", "full"):
+        evaluate(options | {"context": context})
+        found[context] = {name: texts(options, name) for name in own}
+    assert own == {"base": found["full"]["base"], "adapter": found["natural"]["adapter"]}
+
+
+def test_a_clip_that_loops_or_is_cut_off_at_its_window_is_decoded_once_more_at_30_seconds(
+    options, ending, monkeypatch
+):
+    passes, once = [], eval_wer._transcribe_once
+
+    def remember(model, tokenizer, dataset, batches, **options):
+        found = once(model, tokenizer, dataset, batches, **options)
+        passes.append((batches, dict(found)))
+        return found
+
+    monkeypatch.setattr(eval_wer, "_transcribe_once", remember)
+    result = evaluate(options | ending)["base"]
+    (_, first), (batches, second) = passes
+    assert {window for batch in batches for window in batch.windows} == {1500}
+    failed = {clip for clip, (_, fails) in first.items() if fails}
+    cut = {clip for clip, (prediction, _) in first.items() if prediction.hit_cap}
+    assert set(second) == failed >= cut > set()
+    assert result["clips_decoded_again"] == len(failed) < len(first)
+    said = [(second if clip in failed else first)[clip][0].text for clip in range(len(first))]
+    assert texts(options, "base") == said
+    evaluate(options | ending | {"context": "full"})
+    wide = texts(options, "base")
+    assert [said[clip] for clip in failed] == [wide[clip] for clip in failed]
+
+
 def test_predictions_hold_every_clip_and_both_texts(options, prepared):
     evaluate(options)
     rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
@@ -81,11 +136,19 @@ def test_predictions_hold_every_clip_and_both_texts(options, prepared):
     assert all({"base", "adapter", "base_hit_cap", "adapter_hit_cap"} <= set(row) for row in rows)
 
 
-@pytest.mark.parametrize("context", ["auto", "full"])
+@pytest.mark.parametrize("context", ["auto", "natural", "full"])
 def test_the_score_is_bit_equal_for_any_batch_size(options, context):
     large = scores(evaluate(options | {"context": context}))
     small = scores(evaluate(options | {"context": context, "batch_seconds": 1.0}))
     assert small == large
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_clips_decoded_again_are_bit_equal_for_any_batch_size(options, ending, num_beams):
+    natural = options | ending | {"num_beams": num_beams}
+    large = scores(evaluate(natural))
+    assert 0 < large["base"]["clips_decoded_again"] < large["base"]["clips"]
+    assert scores(evaluate(natural | {"batch_seconds": 1.0})) == large
 
 
 @pytest.mark.slow
@@ -97,6 +160,16 @@ def test_the_score_is_bit_equal_for_two_processes_under_any_engine(options, tmp_
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     assert scores(json.loads(read(two, "wer.json"))) == one
+
+
+@pytest.mark.slow
+def test_clips_decoded_again_are_bit_equal_for_two_processes(options, ending, tmp_path):
+    one = scores(evaluate(options | ending))
+    two = options | ending | {"output_dir": str(tmp_path / "two")}
+    done = launch.run("eval_wer.py", two, processes=2, config="cpu")
+    assert done.returncode == 0, done.stderr
+    assert scores(json.loads(read(two, "wer.json"))) == one
+    assert 0 < one["base"]["clips_decoded_again"] < one["base"]["clips"]
 
 
 def test_beams_give_a_score_that_does_not_depend_on_the_batch_either(options):
