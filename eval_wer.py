@@ -82,7 +82,7 @@ def load_for_decoding(
     """Load a base, merge the adapter (if not empty) in float32, then convert the weights once."""
     base = whisper.load_base(model, dtype=torch.float32)
     if adapter:
-        base = whisper.load_adapter(base, adapter).merge_and_unload()
+        base = whisper.load_merged(base, adapter)
     return base.to(device, dtype).eval()
 
 

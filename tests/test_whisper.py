@@ -1,9 +1,14 @@
 """The model: stock results at 30 seconds, short windows, LoRA, merging."""
 
+import json
+import shutil
+
+import peft
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import features
 from transformers import WhisperForConditionalGeneration
 
@@ -182,6 +187,138 @@ def test_an_adapter_that_does_not_fit_is_a_user_error(adapted, tmp_path, tmp_pat
         whisper.load_adapter(base, str(tmp_path / "adapter"))
     with pytest.raises(cli.UserError, match="no LoRA adapter there"):
         whisper.load_adapter(base, str(tmp_path))
+
+
+QUERIES = ["q_proj", "v_proj"]
+BASE = "base_model.model."
+RENAMED = {  # what was done to the names of an adapter's 24 tensors: counts of foreign and missing
+    "compiled": (lambda name: name.replace(BASE, f"{BASE}_orig_mod."), 24, 24),
+    "DDP": (lambda name: name.replace(BASE, f"{BASE}module."), 24, 24),
+    "no prefix": (lambda name: name.removeprefix(BASE), 24, 24),
+    "WhisperModel": (lambda name: name.replace(f"{BASE}model.", BASE), 24, 24),
+    "half": (lambda name: name if ".decoder." in name else "", 0, 8),
+    "only A": (lambda name: name if "lora_A" in name else "", 0, 12),
+    "empty": (lambda _name: "", 0, 24),
+    "deeper": (lambda name: name.replace("layers.1.", "layers.7."), 12, 12),
+}
+
+
+def stock(checkpoint):
+    return WhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def save_adapter(folder, model, config):
+    """Save an adapter with random weights by PEFT alone; the logits that it has there."""
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return logits(adapted.eval(), features(2, 3000))
+
+
+def lora(targets=QUERIES, **options):
+    return LoraConfig(r=4, lora_alpha=8, target_modules=[*targets], **options)
+
+
+def refusal(checkpoint, folder):
+    base = whisper.load_base(str(checkpoint), dtype=torch.float32)
+    with pytest.raises(cli.UserError) as error:
+        whisper.load_merged(base, str(folder))
+    assert str(error.value).startswith(f"--adapter {folder}: ")
+    assert "\n" not in str(error.value)
+    return str(error.value).removeprefix(f"--adapter {folder}: ")
+
+
+@pytest.mark.parametrize(("rename", "foreign", "missing"), RENAMED.values(), ids=RENAMED)
+def test_an_adapter_whose_tensors_are_not_the_models_is_refused_with_their_number(
+    checkpoint, tmp_path, rename, foreign, missing
+):
+    save_adapter(tmp_path, stock(checkpoint), lora())
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {rename(name): one for name, one in load_file(file).items()}
+    tensors.pop("", None)
+    save_file(tensors, file)
+    told = refusal(checkpoint, tmp_path)
+    assert f"{foreign} of its {len(tensors)} tensors do not belong to --model" in told
+    assert f"and {missing} that it should have are missing" in told
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(checkpoint, tmp_path):
+    deeper = tiny.make_checkpoint(tmp_path / "deeper", layers=3)
+    save_adapter(tmp_path / "adapter", stock(deeper), lora())
+    told = refusal(checkpoint, tmp_path / "adapter")
+    assert "12 of its 36 tensors do not belong to --model" in told
+
+
+KINDS = {
+    "LoRA": lora(),
+    "DoRA": lora(use_dora=True),
+    "on the output layer": lora([*QUERIES, "proj_out"]),
+    "on the token embedding": lora([*QUERIES, "embed_tokens"]),
+    "on both": lora([*QUERIES, "embed_tokens", "proj_out"]),
+    "on both, kept tied": lora([*QUERIES, "embed_tokens", "proj_out"], ensure_weight_tying=True),
+    "a trained output layer": lora(modules_to_save=["proj_out"]),
+    "trained biases": lora(bias="all"),
+    "trained tokens": lora(trainable_token_indices={"embed_tokens": [3, 5, 9]}),
+    "IA3": peft.IA3Config(target_modules=[*QUERIES, "fc2"], feedforward_modules=["fc2"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_a_merged_adapter_has_the_logits_that_plain_peft_has_unmerged(checkpoint, tmp_path, config):
+    expected = save_adapter(tmp_path, stock(checkpoint), config)
+    base = whisper.load_base(str(checkpoint), dtype=torch.float32)
+    before = logits(base.eval(), features(2, 3000))
+    got = logits(whisper.load_merged(base, str(tmp_path)).eval(), features(2, 3000))
+    assert (got - expected).abs().max() < 1e-3
+    assert (got - before).abs().max() > 1
+
+
+def test_an_adapter_that_is_not_in_the_weights_is_refused_by_its_kind(checkpoint, tmp_path):
+    prefix = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)
+    get_peft_model(stock(checkpoint), prefix).save_pretrained(tmp_path / "prefix")
+    assert "is of the kind PREFIX_TUNING" in refusal(checkpoint, tmp_path / "prefix")
+    save_adapter(tmp_path / "a", stock(checkpoint), lora(alora_invocation_tokens=[3, 4]))
+    assert "cannot be added into the weights" in refusal(checkpoint, tmp_path / "a")
+
+
+def test_the_reason_why_an_adapter_does_not_fit_is_told(checkpoint, tmp_path):
+    longer = stock(checkpoint)
+    longer.resize_token_embeddings(longer.config.vocab_size + 3, mean_resizing=False)
+    save_adapter(tmp_path / "longer", longer, lora())
+    told = refusal(checkpoint, tmp_path / "longer")
+    assert "decoder.embed_tokens.weight: 366 x 64 there, 363 x 64 here" in told
+    assert "its run changed the vocabulary" in told
+
+    wider = tiny.make_checkpoint(tmp_path / "wider", width=96)
+    save_adapter(tmp_path / "wide", stock(wider), lora())
+    told = refusal(checkpoint, tmp_path / "wide")
+    assert "24 of its tensors have other shapes" in told
+    assert f"give what it was trained on, {wider}" in told
+
+    save_adapter(tmp_path / "norm", stock(checkpoint), lora(modules_to_save=["layer_norm"]))
+    file = tmp_path / "norm" / "adapter_model.safetensors"
+    save_file({name: one for name, one in load_file(file).items() if "lora" in name}, file)
+    assert "its file lacks base_model.model.model." in refusal(checkpoint, tmp_path / "norm")
+
+
+def test_an_adapters_file_that_is_damaged_or_not_finite_is_refused(checkpoint, tmp_path):
+    save_adapter(tmp_path / "whole", stock(checkpoint), lora())
+    whole = (tmp_path / "whole" / "adapter_model.safetensors").read_bytes()
+    for content in (whole[:3000], b"version https://git-lfs.github.com/spec/v1\n"):
+        copy = shutil.copytree(tmp_path / "whole", tmp_path / "copy", dirs_exist_ok=True)
+        (copy / "adapter_model.safetensors").write_bytes(content)
+        assert "its adapter_model.safetensors is damaged" in refusal(checkpoint, copy)
+    tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+    save_file(tensors, copy / "adapter_model.safetensors")
+    assert "1 of its 24 tensors hold values that are not finite" in refusal(checkpoint, copy)
+    for content in ({}, {"peft_type": "LATER"}):
+        (copy / "adapter_config.json").write_text(json.dumps(content))
+        assert "no LoRA adapter there" in refusal(checkpoint, copy)
 
 
 def test_probes_tell_bases_apart_but_not_precisions(base, tmp_path_factory):
