@@ -7,8 +7,10 @@ Legend: B clips, N samples, C encoder positions (20 ms), D width, T tokens,
 H heads of width d, V vocabulary.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,13 @@ SHRINK_AT = 0.8  # share of clips still going at which the others leave the batc
 # 2.4 that Whisper's own decoding takes for a loop: Devanagari's bytes are alike.
 LOOP_REPEATS = 4
 LOOP_TOKENS = 12
+# What a checkpoint's configuration may ask of `generate` and decoding here does not know: several
+# texts, more than tokens, or second attempts by sampling, which need features.
+ONE_TEXT = {
+    "num_return_sequences": 1, "return_dict_in_generate": False, "output_scores": False,
+    "output_logits": False, "output_attentions": False, "output_hidden_states": False,
+    "compression_ratio_threshold": None, "logprob_threshold": None, "no_speech_threshold": None,
+}  # fmt: skip
 
 
 def decode(
@@ -168,23 +177,50 @@ def _generate(
     end = model.generation_config.eos_token_id
     prompt = {} if languages is None else {"language": list(languages), "task": task}
     prompt_length = 2 if languages is None else PROMPT_LENGTH
-    tokens = model.generate(
-        encoder_outputs=BaseModelOutput(encoded),
-        return_timestamps=False,
-        num_beams=num_beams,
-        max_new_tokens=min(max(caps) + 1, MAX_LABELS - prompt_length),
-        logits_processor=LogitsProcessorList(
-            [EndAtCap(torch.tensor(caps, device=encoded.device), prompt_length, end)]
-        ),
-        **prompt,
-    )
+    with _one_text(model):
+        tokens = model.generate(
+            encoder_outputs=BaseModelOutput(encoded),
+            return_timestamps=False,
+            num_beams=num_beams,
+            max_new_tokens=min(max(caps) + 1, MAX_LABELS - prompt_length),
+            logits_processor=LogitsProcessorList(
+                [EndAtCap(torch.tensor(caps, device=encoded.device), prompt_length, end)]
+            ),
+            **prompt,
+        )
     return [row[: row.index(end)] if end in row else row for row in tokens.tolist()]
+
+
+@contextmanager
+def _one_text(model: WhisperForConditionalGeneration) -> Iterator[None]:
+    """Let `generate` give a text for each clip and nothing else, whatever the checkpoint asks for.
+
+    An option of None would not do: `generate` then takes the checkpoint's value.
+    """
+    kept = model.generation_config
+    model.generation_config = copy.deepcopy(kept)
+    for name, value in ONE_TEXT.items():
+        setattr(model.generation_config, name, value)
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _is_plain_greedy(config: GenerationConfig) -> bool:
     """Whether a checkpoint asks for nothing that only `generate` knows."""
-    penalty, ngrams = config.repetition_penalty, config.no_repeat_ngram_size
-    return penalty in (None, 1.0) and not ngrams and not config.do_sample
+    if config.repetition_penalty not in (None, 1.0):
+        return False
+    return not any(
+        (
+            config.no_repeat_ngram_size,
+            config.min_length,
+            config.min_new_tokens,
+            config.bad_words_ids,
+            config.sequence_bias,
+            config.exponential_decay_length_penalty,
+        )
+    )
 
 
 # ------ greedy
@@ -306,7 +342,11 @@ def _greedy(
     """
     config, texts = model.generation_config, [[] for _ in caps]
     never, not_first = (
-        torch.tensor(ids or [], dtype=torch.long, device=prompts.device)
+        torch.tensor(
+            [token for token in ids or [] if 0 <= token < model.config.vocab_size],
+            dtype=torch.long,
+            device=prompts.device,
+        )
         for ids in (config.suppress_tokens, config.begin_suppress_tokens)
     )
     clips = [clip for group, _ in encoded for clip in group]  # of the rows of the batch

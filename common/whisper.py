@@ -19,12 +19,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -33,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
-from common import audio
+from common import audio, labels
 from common.cli import UserError
 from common.languages import ALIASES
 from common.loss import token_loss_sum
@@ -52,6 +54,7 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 Quantize = Literal["none", "int8", "nf4"]
+COMPUTED = {"model.encoder.embed_positions.weight"}  # sinusoids: some checkpoints leave them out
 TIED = ("embed_tokens.weight", "proj_out.weight")  # one tensor, a row a token
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 ENCODED_SAMPLES = 60 * audio.SAMPLE_RATE  # encoded at once where no graph is kept
@@ -104,14 +107,19 @@ def load_base(
         options["quantization_config"] = _quantization(quantize, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
     try:
-        base = WhisperForConditionalGeneration.from_pretrained(
-            model, use_safetensors=True, **options
+        base, loaded = WhisperForConditionalGeneration.from_pretrained(
+            model,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to tell of them, below
+            **options,
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, AssertionError) as error:
         raise UserError(
             f"--model {model}: its weights cannot be loaded ({_first_line(error)}): "
             "give a checkpoint with whole model.safetensors files"
         ) from error
+    _refuse_other_weights(model, loaded)
     take_any_window(base)
     return_loss_sum(base)
     return base if device is None or quantize != "none" else base.to(device)
@@ -119,11 +127,19 @@ def load_base(
 
 def check_whisper(model: str) -> None:
     """Raise UserError unless `--model` names a Whisper that is here or on a reachable Hub."""
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+    is_folder = Path(model).is_dir()
+    if is_folder and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model}: this folder has no config.json: give a checkpoint's")
     try:
         kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
-    except (OSError, ValueError) as error:
+        if is_folder and (Path(model) / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(model)  # transformers would go on without a bad one
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        if is_folder:
+            raise UserError(
+                f"--model {model}: its configuration cannot be used ({_one_line(error)}): give a "
+                "checkpoint with whole config.json and generation_config.json"
+            ) from error
         raise UserError(
             f"--model {model}: neither a folder here nor a model that the Hub answers for: "
             "check the spelling, the network and HF_HUB_OFFLINE"
@@ -134,6 +150,27 @@ def check_whisper(model: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _refuse_other_weights(model: str, loaded: dict[str, Any]) -> None:
+    """Raise UserError where a checkpoint's tensors are not those of its configuration.
+
+    The library would leave those that are missing at random values, with a warning at most.
+    """
+    missing = sorted(set(loaded["missing_keys"]) - COMPUTED)
+    foreign = sorted(loaded["unexpected_keys"])
+    misfits = sorted(str(one[0]) for one in loaded["mismatched_keys"])
+    if missing or foreign or misfits:
+        raise UserError(
+            f"--model {model}: {len(missing)} tensors that its config.json asks for are missing, "
+            f"{len(foreign)} do not belong to it and {len(misfits)} have other shapes (such as "
+            f"{[*foreign, *misfits, *missing][0]}): give a checkpoint that was saved whole, "
+            "without a wrapper's prefix (module., _orig_mod.)"
+        )
 
 
 def _quantization(quantize: Quantize, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -150,20 +187,32 @@ def _quantization(quantize: Quantize, dtype: torch.dtype) -> BitsAndBytesConfig:
 def complete_generation_config(
     model: WhisperForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Give a checkpoint what old fine-tunes lack: the ids that language and task are asked with.
+    """Give a checkpoint what old or partial configurations lack: the ids that it is asked with.
 
-    Prompts forced by an old configuration go: they would override the language asked for.
+    They are the tokenizer's, which the labels have too. Prompts forced by an old configuration go:
+    they would override the language asked for. And a configuration that the library has made of
+    config.json no longer says so: when it was saved and loaded again, most of it would be left out.
     """
     config, ids = model.generation_config, tokenizer.get_added_vocab()
-    config.forced_decoder_ids = None
-    if not getattr(config, "lang_to_id", None) and "<|transcribe|>" in ids:
-        first, last = ids["<|startoftranscript|>"] + 1, ids["<|translate|>"]
-        config.is_multilingual = True
-        config.lang_to_id = {name: at for name, at in ids.items() if first <= at < last}
-        config.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
-        config.no_timestamps_token_id = ids["<|notimestamps|>"]
+    start, end = (tokenizer.convert_tokens_to_ids(name) for name in (labels.START, labels.END))
+    config._from_model_config = False
+    config.forced_decoder_ids = model.config.forced_decoder_ids = None
+    config.eos_token_id = end
+    config.decoder_start_token_id = model.config.decoder_start_token_id = start
+    config.no_timestamps_token_id = tokenizer.convert_tokens_to_ids(labels.NO_TIMESTAMPS)
+    for one in (config, model.config):
+        if one.pad_token_id is None:
+            one.pad_token_id = end
+    config.is_multilingual = not labels.is_english_only(tokenizer)
+    if not config.is_multilingual:
+        for name in ("language", "task", "lang_to_id", "task_to_id"):
+            vars(config).pop(name, None)  # `generate` would refuse them, or detect a language
+        return
+    last = ids["<|translate|>"]
+    config.lang_to_id = {name: at for name, at in ids.items() if start < at < last}
+    config.task_to_id = {task: ids[f"<|{task}|>"] for task in labels.TASKS}
     for old, code in ALIASES.items():  # Hebrew is <|iw|> in Whisper's first releases
-        if f"<|{old}|>" in (getattr(config, "lang_to_id", None) or {}):
+        if f"<|{old}|>" in config.lang_to_id:
             config.lang_to_id.setdefault(f"<|{code}|>", config.lang_to_id[f"<|{old}|>"])
 
 
@@ -401,7 +450,11 @@ def save(
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         return
     AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
-    WhisperFeatureExtractor.from_pretrained(source).save_pretrained(folder)
+    try:
+        extractor = WhisperFeatureExtractor.from_pretrained(source)
+    except OSError:  # not every checkpoint has its file, and the scripts do without
+        extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+    extractor.save_pretrained(folder)
 
 
 def is_scope(scope: str) -> bool:

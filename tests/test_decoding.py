@@ -1,8 +1,11 @@
 """Decoding: generate's tokens from a batch that shrinks, whatever clips and windows meet in it."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from tiny import waves
 from transformers import WhisperForConditionalGeneration
@@ -136,3 +139,77 @@ def test_a_text_loops_where_its_tokens_repeat_whatever_stands_around_them(period
     assert not decoding.loops(other + (unit * repeats)[:-1] + other)
     assert not decoding.loops(other)
     assert not decoding.loops([])
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint):
+    """What a checkpoint with a complete generation configuration says, by number of beams."""
+    return {num_beams: decode_two_clips(checkpoint, num_beams) for num_beams in (1, 2)}
+
+
+def decode_two_clips(folder, num_beams):
+    model = whisper.load_base(str(folder), dtype=torch.float32).eval()
+    whisper.complete_generation_config(model, labels.load_tokenizer(str(folder)))
+    return decode(model, waves(2), caps=[9, 9], languages=["mr", "hi"], num_beams=num_beams)
+
+
+LACKING = [
+    "lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual", "eos_token_id",
+    "pad_token_id", "bos_token_id", "decoder_start_token_id", "suppress_tokens",
+    "begin_suppress_tokens", "max_length", "forced_decoder_ids",
+]  # fmt: skip
+CHANGED = {
+    "no file": None,
+    "no entry": dict.fromkeys(LACKING),
+    "forced prompt": {"forced_decoder_ids": [[1, tiny.START + 1], [2, tiny.START + 101]]},
+    "all languages but one lack": {"lang_to_id": {"<|hi|>": tiny.START + 1 + 17}},
+    "codes without brackets": {"lang_to_id": {"hi": tiny.START + 1}},
+    "one task lacks": {"task_to_id": {"translate": tiny.START + 100}},
+    "several ends": {"eos_token_id": [tiny.END]},
+    "English-only by mistake": {"is_multilingual": False},
+    "a token it does not have": {"suppress_tokens": [-1, 99_999]},
+    "several texts": {"num_beams": 2, "num_return_sequences": 2},
+    "more than texts": {"return_dict_in_generate": True, "output_scores": True},
+    "second attempts": {"logprob_threshold": -1.0, "no_speech_threshold": 0.6},
+    "a short text": {"max_length": 7},
+    "made of config.json": {"_from_model_config": True},
+} | {name: {name: None} for name in LACKING}
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_a_partial_generation_config_changes_no_token(
+    checkpoint, whole, tmp_path, change, num_beams
+):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    file = copy / "generation_config.json"
+    content = json.loads(file.read_text()) | (change or {})
+    file.write_text(json.dumps({name: one for name, one in content.items() if one is not None}))
+    if change is None:
+        file.unlink()
+    assert decode_two_clips(copy, num_beams) == whole[num_beams]
+    if change and None not in change.values():
+        return
+    nulls = json.loads((checkpoint / "generation_config.json").read_text()) | (change or {})
+    file.write_text(json.dumps(nulls))
+    assert decode_two_clips(copy, num_beams) == whole[num_beams], "null is not as if it lacked"
+
+
+def test_an_english_only_model_stays_one_whatever_its_configuration_says(checkpoint, monkeypatch):
+    model = whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
+    monkeypatch.setattr(labels, "is_english_only", lambda _tokenizer: True)
+    model.generation_config.update(language="hi", task="translate")
+    whisper.complete_generation_config(model, labels.load_tokenizer(str(checkpoint)))
+    assert not model.generation_config.is_multilingual
+    options = {"windows": [300, 300], "languages": None, "task": "transcribe", "caps": [9, 9]}
+    greedy = decoding.decode(model, waves(2), **options)
+    monkeypatch.setattr(decoding, "_is_plain_greedy", lambda _config: False)
+    assert decoding.decode(model, waves(2), **options) == greedy
+
+
+def test_a_shortest_text_that_a_checkpoint_asks_for_is_left_to_generate(base):
+    for name, value in (("min_length", 8), ("bad_words_ids", [[5]]), ("no_repeat_ngram_size", 3)):
+        assert decoding._is_plain_greedy(base.generation_config)
+        setattr(base.generation_config, name, value)
+        assert not decoding._is_plain_greedy(base.generation_config)
+        setattr(base.generation_config, name, None)

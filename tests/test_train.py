@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import SMALL, records, small_options, train
-from transformers import WhisperForConditionalGeneration
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import eval_wer
 import train_lora
@@ -252,6 +252,32 @@ def test_each_way_to_hold_the_base_trains(options, extra):
     moved = [value for name, value in adapter(options).items() if "lora_B" in name]
     assert all(value.dtype == torch.float32 for value in moved)
     assert all(value.abs().max() > 0 for value in moved)
+
+
+@pytest.mark.parametrize("left_out", [[], ["generation_config.json", "preprocessor_config.json"]])
+def test_a_full_fine_tune_writes_the_language_asked_for_in_stock_transformers(
+    options, checkpoint, tmp_path, left_out
+):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"max_length": 448}')
+    for name in left_out:
+        (base / name).unlink()
+    train(options | {"model": str(base), "tune": "full", "max_steps": 1, "learning_rate": 1e-5})
+    saved = f"{options['output_dir']}/model"
+    written = json.loads(launch.Path(saved, "generation_config.json").read_text())
+    assert not written.get("_from_model_config"), "transformers would leave its entries out"
+    stock = WhisperForConditionalGeneration.from_pretrained(saved, dtype=torch.float32).eval()
+    features = WhisperFeatureExtractor.from_pretrained(saved)(
+        tiny.tone(2.0, pitch=200.0), sampling_rate=16_000, return_tensors="pt"
+    ).input_features
+    ids = stock.generation_config.lang_to_id
+    for code in ("mr", "hi"):
+        written = stock.generate(
+            features, language=code, task="transcribe", max_new_tokens=4,
+            return_dict_in_generate=True,
+        ).sequences[0]  # fmt: skip
+        prompt = [tiny.START, ids[f"<|{code}|>"], tiny.START + 101, tiny.START + 105]
+        assert written[:4].tolist() == prompt
 
 
 def test_checkpointing_changes_memory_and_not_the_loss(options, tmp_path):

@@ -189,6 +189,58 @@ def test_an_adapter_that_does_not_fit_is_a_user_error(adapted, tmp_path, tmp_pat
         whisper.load_adapter(base, str(tmp_path))
 
 
+WEIGHTS = {  # what was done to a checkpoint's 89 tensors: missing, foreign, of other shapes
+    "compiled": (lambda w: {f"_orig_mod.{name}": one for name, one in w.items()}, 89, 89, 0),
+    "DDP": (lambda w: {f"module.{name}": one for name, one in w.items()}, 89, 89, 0),
+    "half": (lambda w: {name: one for name, one in w.items() if ".encoder." in name}, 53, 0, 0),
+    "deeper": (lambda w: w | {"model.decoder.layers.7.fc1.bias": torch.ones(128)}, 0, 1, 0),
+    "longer": (lambda w: w | {"model.decoder.embed_tokens.weight": torch.ones(366, 64)}, 0, 0, 1),
+}
+
+
+@pytest.mark.parametrize(("change", "missing", "foreign", "misfits"), WEIGHTS.values(), ids=WEIGHTS)
+def test_a_checkpoint_whose_tensors_are_not_those_of_its_config_is_refused(
+    checkpoint, tmp_path, change, missing, foreign, misfits
+):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    tensors = change(load_file(copy / "model.safetensors"))
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    counts = (
+        f"{missing} tensors that its config.json asks for are missing, {foreign} do not belong "
+        f"to it and {misfits} have other shapes"
+    )
+    with pytest.raises(cli.UserError, match=counts):
+        whisper.load_base(str(copy), dtype=torch.float32)
+
+
+def test_sinusoids_that_a_checkpoint_leaves_out_are_computed(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.encoder.embed_positions.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    model = whisper.load_base(str(copy), dtype=torch.float32).eval()
+    whole = whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
+    assert torch.equal(logits(model, features(2)), logits(whole, features(2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", {"decoder_start_token_id": None}),
+        ("config.json", "{"),
+        ("generation_config.json", "{"),
+    ],
+)
+def test_a_damaged_configuration_is_a_user_error(checkpoint, tmp_path, name, content):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((copy / name).read_text()) | content)
+    (copy / name).write_text(content)
+    with pytest.raises(cli.UserError, match=r"its configuration cannot be used \(") as error:
+        whisper.load_base(str(copy), dtype=torch.float32)
+    assert "\n" not in str(error.value)
+
+
 QUERIES = ["q_proj", "v_proj"]
 BASE = "base_model.model."
 RENAMED = {  # what was done to the names of an adapter's 24 tensors: counts of foreign and missing
