@@ -188,26 +188,39 @@ def gather(predictions: list[Prediction]) -> dict[str, Prediction]:
 # ------ scores
 
 
+def written_languages(dataset: Dataset, task: str) -> list[str]:
+    """The codes of the languages that the clips' texts are in: translations are English."""
+    return [
+        "en" if task == "translate" else str(language) for language in column(dataset, "language")
+    ]
+
+
 def score(
-    dataset: Dataset, predictions: dict[str, Prediction], tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset,
+    predictions: dict[str, Prediction],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: str,
 ) -> dict[str, Any]:
     """Count errors over the corpus on the stored transcripts, under each normaliser.
 
     Args:
         predictions: one for each clip of `dataset`, by id.
         tokenizer: may hold the spelling table of the English normaliser.
+        task: `transcribe` or `translate`, whose texts are English.
     """
+    languages = written_languages(dataset, task)
     references = [str(text) for text in column(dataset, "text")]
     found = [predictions[str(clip_id)] for clip_id in column(dataset, "id")]
     texts = [one.text for one in found]
     spelling = getattr(tokenizer, "english_spelling_normalizer", None)
-    names = metrics.normalisers_for([str(code) for code in column(dataset, "language")])
+    names = metrics.normalisers_for(languages)
     return {
         "clips": len(found),
         "clips_at_cap": sum(one.hit_cap for one in found),
         "clips_decoded_again": sum(one.decoded_again for one in found),
         "normalisers": {
-            name: metrics.ErrorRate(name, spelling=spelling).compute(
+            name: metrics.ErrorRate(name, spelling=spelling, languages=languages).compute(
                 predictions=texts, references=references
             )
             for name in names
@@ -215,13 +228,18 @@ def score(
     }
 
 
-def worst_clips(dataset: Dataset, predictions: dict[str, Prediction]) -> list[dict[str, Any]]:
+def worst_clips(
+    dataset: Dataset, predictions: dict[str, Prediction], task: str
+) -> list[dict[str, Any]]:
     """The clips with the most word errors (marks kept), worst first."""
     rows = []
-    for clip_id, text in zip(column(dataset, "id"), column(dataset, "text"), strict=True):
+    told = column(dataset, "id"), column(dataset, "text"), written_languages(dataset, task)
+    for clip_id, text, language in zip(*told, strict=True):
         said = predictions[str(clip_id)]
         counts = metrics.count_errors(
-            metrics.keep_marks(str(text)), metrics.keep_marks(said.text), "word"
+            metrics.keep_marks(str(text), language),
+            metrics.keep_marks(said.text, language),
+            "word",
         )
         rows.append(
             {
@@ -248,6 +266,10 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
             lines.append(
                 f"{rate.upper()} {normaliser:<18}" + "".join(f"{value:12.2f}" for value in values)
             )
+    units = {name: rates["unit"] for name, rates in first["normalisers"].items()}
+    by_letter = [f"{name} by {unit}" for name, unit in units.items() if unit != "word"]
+    if by_letter:
+        lines.append(f"WER is counted by word, but {', '.join(by_letter)}")
     lines += [_edits(systems, normaliser) for normaliser in first["normalisers"]]
     last = (
         ("clips_at_cap", "12d"), ("clips_decoded_again", "12d"), ("real_time_factor", "12.3f"),
@@ -401,7 +423,7 @@ def evaluate(config: Config) -> None:
     dataset = splits[config.split]
     if config.max_clips:
         dataset = dataset.select(range(min(config.max_clips, len(dataset))))
-    seconds = column(dataset, "seconds")
+    seconds, task = column(dataset, "seconds"), prepared["config"]["task"]
     tokenizer = labels.load_tokenizer(config.model)
     check_languages(config, tokenizer, dataset)
     say(
@@ -449,7 +471,7 @@ def evaluate(config: Config) -> None:
             tokenizer,
             dataset,
             batches[accelerator.process_index :: accelerator.num_processes],
-            task=prepared["config"]["task"],
+            task=task,
             tokens_per_second=prepared["tokens_per_second"]["p999"],
             num_beams=config.num_beams,
             num_workers=config.num_workers,
@@ -457,14 +479,14 @@ def evaluate(config: Config) -> None:
         )
         texts[name] = gather(mine)
         wall_seconds = time.perf_counter() - start
-        systems[name] = score(dataset, texts[name], tokenizer) | {
+        systems[name] = score(dataset, texts[name], tokenizer, task=task) | {
             "window": context,
             "audio_seconds": float(seconds.sum()),
             "batch_seconds": batch_seconds,
             "wall_seconds": wall_seconds,
             "real_time_factor": wall_seconds / float(seconds.sum()),
             "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far
-            "worst": worst_clips(dataset, texts[name]),
+            "worst": worst_clips(dataset, texts[name], task),
         }
         del model
 

@@ -690,7 +690,8 @@ def evaluate_wer(run: Run, step: int) -> None:
     """Log the validation word error rate, with a few texts for TensorBoard."""
     rate = run.prepared["tokens_per_second"]["p999"]
     predictions = transcribe_validation(run, run.decode_plan(), rate)
-    rates = eval_wer.score(run.validation, predictions, run.tokenizer)["normalisers"]
+    task = run.prepared["config"]["task"]
+    rates = eval_wer.score(run.validation, predictions, run.tokenizer, task=task)["normalisers"]
     record = {"step": step}
     for name in ("raw", "keep_marks"):
         record |= {f"wer_{name}": rates[name]["wer"], f"cer_{name}": rates[name]["cer"]}

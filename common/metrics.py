@@ -11,6 +11,7 @@ from typing import Literal
 
 import datasets
 import evaluate
+import regex
 from rapidfuzz.distance import Levenshtein
 from transformers.models.whisper.english_normalizer import (
     BasicTextNormalizer,
@@ -18,38 +19,57 @@ from transformers.models.whisper.english_normalizer import (
 )
 
 Unit = Literal["word", "char"]
+# Written without spaces between words: OpenAI scores them by letter, with `split_letters` of its
+# normaliser (the paper's appendix on text standardisation names the first five).
+LETTER_LANGUAGES = ("zh", "ja", "th", "lo", "my", "yue")
+DOTLESS = str.maketrans({"I": "ı", "İ": "i"})  # Turkish and Azeri, by Unicode's SpecialCasing.txt
+# What Unicode says is not shown (Default_Ignorable_Code_Point): marks of direction, byte order
+# marks, soft hyphens, variation selectors and the like cannot be heard. The two joiners stay where
+# they are part of the spelling: beside a virama in Indic scripts, where they choose the form of a
+# conjunct, and ZWNJ between Arabic letters, where it parts what a word is made of (Persian).
+JOINERS = r"[\u200c\u200d](?=\p{ccc=9})|(?<=\p{ccc=9})[\u200c\u200d]"
+PERSIAN = r"(?<=[\p{Arabic}\p{M}])\u200c(?=\p{Arabic})"
+UNHEARD = regex.compile(rf"(?!{JOINERS}|{PERSIAN})\p{{Default_Ignorable_Code_Point}}")
 
 # ------ normalisers
 
 
-def raw(text: str) -> str:
+def raw(text: str, language: str = "") -> str:
     """The text as it is, but for white space at its ends and repeated inside."""
     return " ".join(text.split())
 
 
-def keep_marks(text: str) -> str:
+def keep_marks(text: str, language: str = "") -> str:
     """NFC, lower case, punctuation and symbols to spaces; vowel signs and other marks stay.
 
-    >>> keep_marks("हिंदी, मराठी! Don't")
-    'हिंदी मराठी don t'
+    What is neither seen nor heard goes. Letters of LETTER_LANGUAGES are words of their own.
+
+    >>> keep_marks("हिंदी, मराठी! Don't"), keep_marks("IŞIK", "tr"), keep_marks("今天, 好", "zh")
+    ('हिंदी मराठी don t', 'ışık', '今 天 好')
     """
-    composed = unicodedata.normalize("NFC", text).lower()
-    kept = (" " if unicodedata.category(sign)[0] in "PS" else sign for sign in composed)
-    return raw("".join(kept))
+    composed = unicodedata.normalize("NFC", UNHEARD.sub("", text)).replace("İ", "i")
+    lower = (composed.translate(DOTLESS) if language in ("tr", "az") else composed).lower()
+    kept = (" " if unicodedata.category(sign)[0] in "PS" else sign for sign in lower)
+    return _split_letters(raw("".join(kept)), language)
 
 
-_basic = BasicTextNormalizer()
+def _split_letters(text: str, language: str) -> str:
+    """A space between all letters, as BasicTextNormalizer has it, in LETTER_LANGUAGES."""
+    return raw(" ".join(regex.findall(r"\X", text))) if language in LETTER_LANGUAGES else text
 
 
-def whisper_basic(text: str) -> str:
+_basic, _basic_by_letter = BasicTextNormalizer(), BasicTextNormalizer(split_letters=True)
+
+
+def whisper_basic(text: str, language: str = "") -> str:
     """OpenAI's multilingual normaliser, which turns Indic vowel signs into spaces and so flatters.
 
-    For comparison with public model cards only.
+    For comparison with public model cards only, hence left as it is.
 
     >>> whisper_basic("हिंदी")
     'ह द'
     """
-    return raw(_basic(text))
+    return raw((_basic_by_letter if language in LETTER_LANGUAGES else _basic)(text))
 
 
 def whisper_english(text: str, spelling: dict[str, str] | None = None) -> str:
@@ -63,12 +83,17 @@ def whisper_english(text: str, spelling: dict[str, str] | None = None) -> str:
     return raw(EnglishTextNormalizer(spelling or {})(text))
 
 
-NORMALISERS: dict[str, Callable[[str], str]] = {
+def _with_spelling(spelling: dict[str, str] | None, text: str, _language: str) -> str:
+    return whisper_english(text, spelling)
+
+
+NORMALISERS: dict[str, Callable[..., str]] = {
     "raw": raw,
     "keep_marks": keep_marks,
     "whisper_basic": whisper_basic,
     "whisper_english": whisper_english,
 }
+BY_LETTER = ("keep_marks", "whisper_basic")  # those that know LETTER_LANGUAGES
 
 # ------ counts
 
@@ -114,12 +139,21 @@ def count_corpus(
     references: Sequence[str],
     hypotheses: Sequence[str],
     unit: Unit,
-    normalise: Callable[[str], str] = raw,
+    normalise: Callable[[str, str], str] = raw,
+    languages: Sequence[str] | None = None,
 ) -> ErrorCounts:
-    """Sum the counts of all pairs, each text normalised once."""
+    """Sum the counts of all pairs, each text normalised once.
+
+    Args:
+        languages: code of each pair; in LETTER_LANGUAGES spaces are no characters.
+    """
     counts = ErrorCounts()
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        counts += count_errors(normalise(reference), normalise(hypothesis), unit)
+    codes = languages or [""] * len(references)
+    for reference, hypothesis, code in zip(references, hypotheses, codes, strict=True):
+        pair = normalise(reference, code), normalise(hypothesis, code)
+        if unit == "char" and code in LETTER_LANGUAGES and normalise is not raw:
+            pair = tuple(text.replace(" ", "") for text in pair)
+        counts += count_errors(*pair, unit)
     return counts
 
 
@@ -133,7 +167,8 @@ _FEATURES = datasets.Features(
 class ErrorRate(evaluate.Metric):
     """Word and character error rate under one normaliser, without fetching code from the Hub.
 
-    `spelling` is the table that `whisper_english` takes.
+    `spelling` is the table that `whisper_english` takes, `languages` the code of each text: those
+    of LETTER_LANGUAGES are scored by letter, which the result says under `unit`.
 
     >>> metric = ErrorRate("keep_marks")
     >>> metric.compute(references=["Yes, sir."], predictions=["yes sir"])["wer"]
@@ -141,10 +176,16 @@ class ErrorRate(evaluate.Metric):
     """
 
     def __init__(
-        self, normaliser: str = "raw", *, spelling: dict[str, str] | None = None, **kwargs: object
+        self,
+        normaliser: str = "raw",
+        *,
+        spelling: dict[str, str] | None = None,
+        languages: Sequence[str] | None = None,
+        **kwargs: object,
     ) -> None:
         super().__init__(config_name=normaliser, keep_in_memory=True, **kwargs)
         self.spelling = spelling  # for whisper_english
+        self.languages = languages
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -155,16 +196,27 @@ class ErrorRate(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, object]:
         normalise = NORMALISERS[self.config_name]
-        if normalise is whisper_english:
-            normalise = functools.partial(whisper_english, spelling=self.spelling)
-        words = count_corpus(references, predictions, "word", normalise)
-        characters = count_corpus(references, predictions, "char", normalise)
+        if self.config_name == "whisper_english":
+            normalise = functools.partial(_with_spelling, self.spelling)
+        words, characters = (
+            count_corpus(references, predictions, unit, normalise, self.languages)
+            for unit in ("word", "char")
+        )
         return {
+            "unit": self.unit(),
             "wer": words.rate,
             "cer": characters.rate,
             "words": asdict(words),
             "characters": asdict(characters),
         }
+
+    def unit(self) -> str:
+        """What an error of `wer` is one of: a word, a letter, or either by the text's language."""
+        codes = set(self.languages or [""])
+        letters = sorted(codes.intersection(LETTER_LANGUAGES))
+        if self.config_name not in BY_LETTER or not letters:
+            return "word"
+        return "letter" if len(letters) == len(codes) else f"word; letter in {', '.join(letters)}"
 
 
 def normalisers_for(languages: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import launch
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 
 import eval_wer
 import train_lora
@@ -125,6 +126,27 @@ def test_a_clip_that_loops_or_is_cut_off_at_its_window_is_decoded_once_more_at_3
     evaluate(options | ending | {"context": "full"})
     wide = texts(options, "base")
     assert [said[clip] for clip in failed] == [wide[clip] for clip in failed]
+
+
+def test_chinese_is_scored_by_letter_where_it_was_transcribed_and_not_where_translated():
+    rows = {"id": ["a", "b"], "language": ["zh", "zh"], "text": ["我们去公园吧", "we go out"]}
+    clips = Dataset.from_dict(rows)
+    said = {"a": eval_wer.Prediction("a", "我们 去花园吧。", False)}
+    said["b"] = eval_wer.Prediction("b", "we go", False)
+    found = eval_wer.score(clips.select([0]), said, None, task="transcribe")["normalisers"]
+    assert {name: rates["unit"] for name, rates in found.items()} == {
+        "raw": "word", "keep_marks": "letter", "whisper_basic": "letter"
+    }  # fmt: skip
+    assert found["keep_marks"]["wer"] == 100 / 6
+    worst = eval_wer.worst_clips(clips.select([0]), said, "transcribe")[0]
+    assert (worst["word_errors"], worst["reference_words"]) == (1, 6)
+    extra = {"window": "full", "clips_at_cap": 0, "clips_decoded_again": 0}
+    extra |= {"real_time_factor": 0.0, "peak_memory_gib": 0.0}
+    shown = eval_wer.table({"base": {"normalisers": found} | extra})
+    assert "counted by word, but keep_marks by letter, whisper_basic by letter" in shown
+    found = eval_wer.score(clips.select([1]), said, None, task="translate")["normalisers"]
+    assert {rates["unit"] for rates in found.values()} == {"word"}
+    assert found["whisper_english"]["words"]["reference_length"] == 3
 
 
 def test_predictions_hold_every_clip_and_both_texts(options, prepared):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from common import metrics
 
@@ -35,6 +36,80 @@ def test_only_the_mark_keeping_normaliser_sees_a_wrong_vowel_sign():
 def test_composed_and_decomposed_spellings_are_one_text():
     assert metrics.keep_marks("\u0915\u093c") == metrics.keep_marks("\u0958")
     assert metrics.keep_marks("e\u0301") == metrics.keep_marks("\u00e9")
+
+
+SAME = [  # language, reference and what differs in nothing that is heard
+    ("tr", "İstanbul İyi bir şehir", "istanbul iyi bir şehir"),
+    ("tr", "IŞIK Irmak DİYARBAKIR", "ışık ırmak diyarbakır"),
+    ("az", "BAKI", "bakı"),
+    ("az", "I\u0307sti", "isti"),
+    ("en", "İstanbul IS BIG", "istanbul is big"),
+    ("zh", "今天天气很好，我们去公园吧。", "今天天气很好我们去公园吧"),
+    ("yue", "今日天氣 好好", "今日天氣好好。"),
+    ("ja", "東京 は 日本の首都 です", "東京は日本の首都です"),
+    ("th", "สวัสดี ครับ", "สวัสดีครับ"),
+    ("lo", "ສະ ບາຍ ດີ", "ສະບາຍດີ"),
+    ("my", "မင်္ဂလာ ပါ", "မင်္ဂလာပါ"),
+    ("he", "\u200fשלום עולם\u200f", "שלום עולם"),
+    ("ar", "\u061cسلام\u202a عليكم\u202c", "سلام عليكم"),
+    ("en", "\ufeffhello co\u00adoperate", "hello cooperate"),
+    ("en", "un\u2060able e\u034f\u0301t\u200bé", "unable été"),
+    ("en", "good \u2764\ufe0f day", "good day"),
+    ("en", "a \U0001f469\u200d\u2695\ufe0f doctor", "a doctor"),
+    ("de", "Auf\u200clage", "Auflage"),
+    ("hi", "हिंदी\u200d मराठी\u200e", "हिंदी मराठी"),
+]
+
+
+@pytest.mark.parametrize(("language", "reference", "hypothesis"), SAME)
+def test_what_cannot_be_heard_costs_nothing_when_marks_are_kept(language, reference, hypothesis):
+    metric = metrics.ErrorRate("keep_marks", languages=[language])
+    for pair in ((reference, hypothesis), (hypothesis, reference)):
+        found = metric.compute(references=[pair[0]], predictions=[pair[1]])
+        assert (found["wer"], found["cer"]) == (0.0, 0.0)
+    raw = metrics.ErrorRate("raw", languages=[language])
+    assert raw.compute(references=[reference], predictions=[hypothesis])["wer"] > 0
+
+
+DIFFERENT = [  # joiners that are part of the spelling
+    ("fa", "می\u200cخواهم", "میخواهم"),
+    ("mr", "दर\u094d\u200dया", "दर\u094dया"),
+    ("hi", "क\u094d\u200cष", "क\u094dष"),
+    ("bn", "র\u200d\u09cdয", "র\u09cdয"),
+    ("tr", "ılık", "ilik"),
+    ("zh", "今天", "明天"),
+]
+
+
+@pytest.mark.parametrize(("language", "reference", "hypothesis"), DIFFERENT)
+def test_what_is_spelt_otherwise_still_costs(language, reference, hypothesis):
+    metric = metrics.ErrorRate("keep_marks", languages=[language])
+    assert metric.compute(references=[reference], predictions=[hypothesis])["wer"] > 0
+
+
+def test_languages_without_spaces_are_scored_by_letter_and_the_result_says_so():
+    texts = {"references": ["我们去公园吧", "we go out"], "predictions": ["我们去花园吧", "we go"]}
+    raw = metrics.ErrorRate("raw", languages=["zh", "en"]).compute(**texts)
+    assert (raw["unit"], raw["words"]["reference_length"], raw["wer"]) == ("word", 4, 50.0)
+    for name in metrics.BY_LETTER:
+        mixed = metrics.ErrorRate(name, languages=["zh", "en"]).compute(**texts)
+        assert mixed["unit"] == "word; letter in zh"
+        assert mixed["words"]["reference_length"] == 6 + 3
+        assert mixed["words"]["substitutions"] == mixed["words"]["deletions"] == 1
+        assert mixed["characters"]["reference_length"] == 6 + 9, "no spaces between letters"
+        one = {key: texts[key][:1] for key in texts}
+        assert metrics.ErrorRate(name, languages=["zh"]).compute(**one)["unit"] == "letter"
+        assert metrics.ErrorRate(name, languages=["zh"]).compute(**one)["wer"] == 100 / 6
+
+
+@pytest.mark.parametrize("language", metrics.LETTER_LANGUAGES)
+def test_letters_are_those_of_openais_own_split(language):
+    text = "今天 天气, สวัสดี ครับ! မင်္ဂလာ ສະບາຍດີ abc"
+    assert (
+        metrics.whisper_basic(text, language)
+        == BasicTextNormalizer(split_letters=True)(text).strip()
+    )
+    assert metrics.keep_marks("สวัสดี", language) == "ส วั ส ดี", "vowel signs stay at their letters"
 
 
 def test_english_normaliser_knows_numbers_contractions_and_a_spelling_table():
