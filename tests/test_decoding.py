@@ -125,7 +125,11 @@ def test_hebrew_spelt_iw_is_decoded_as_hebrew_is(base, checkpoint, num_beams, is
     if not is_known:  # an old fine-tune's, completed from a tokenizer that spells it so
         config.lang_to_id = None
         ids["<|iw|>"] = ids.pop("<|he|>")
-    tokenizer = SimpleNamespace(get_added_vocab=lambda: ids)
+    tokenizer = SimpleNamespace(
+        get_added_vocab=lambda: ids,
+        convert_tokens_to_ids=ids.get,
+        convert_ids_to_tokens={number: name for name, number in ids.items()}.get,
+    )
     whisper.complete_generation_config(base, tokenizer)
     assert decode(base, waves(), **options) == expected
 
