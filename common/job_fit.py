@@ -58,12 +58,14 @@ def memory_problem(gpu_gib: float, options: Any, shape: Shape) -> str | None:
     """
     from transformers import WhisperConfig  # seconds; train_lora.py has it loaded already
 
-    from common.memory import USED_SHARE, Weights, plan_memory
+    from common.memory import USED_SHARE, Step, Weights, plan_memory
 
     config = WhisperConfig(
         d_model=shape.width,
         encoder_layers=shape.encoder_layers,
         decoder_layers=shape.decoder_layers,
+        encoder_ffn_dim=4 * shape.width,
+        decoder_ffn_dim=4 * shape.width,
         vocab_size=51_866,
     )
     half = options.precision != "fp32"
@@ -78,12 +80,18 @@ def memory_problem(gpu_gib: float, options: Any, shape: Shape) -> str | None:
         if options.tune == "encoder_frozen":
             frozen = 12 * shape.encoder_layers * shape.width**2
         weights = Weights(base=int(4 * frozen), trainable=int(shape.parameters - frozen))
+    step = Step(
+        device="cuda",
+        bytes_per_value=2 if half else 4,
+        tune=options.tune,
+        lora_targets=tuple(options.lora_targets.split(",")),
+        lora_scope=options.lora_scope,
+        quantize=options.quantize,
+        checkpointing=options.gradient_checkpointing,
+        encoder_cached=options.cache_encoder,
+    )
     try:
-        plan_memory(
-            config, weights, memory_gib=gpu_gib * USED_SHARE, bytes_per_value=2 if half else 4,
-            device="cuda", checkpointing=options.gradient_checkpointing,
-            encoder_cached=options.cache_encoder, full=options.tune != "lora",
-        )  # fmt: skip
+        plan_memory(config, weights, step, memory_gib=gpu_gib * USED_SHARE)
     except ValueError as error:
         return str(error)
     return None

@@ -28,7 +28,6 @@ from types import FrameType
 from typing import Any
 
 import psutil
-import yaml
 
 PROGRAM = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROGRAM))
@@ -289,7 +288,7 @@ def words(options: dict[str, str]) -> list[str]:
 
 
 def launch(
-    cluster: Cluster, script: str, options: dict[str, str], *, config: str, per_host: int, gpus: int
+    cluster: Cluster, script: str, options: dict[str, str], *, config: str, per_host: int
 ) -> tuple[list[str], dict[str, str]]:
     """The command that starts this node's processes, and what its environment has on top.
 
@@ -304,8 +303,6 @@ def launch(
     if not file.is_file():
         raise EntryError(f"--accelerate_config {config}: is not in this image")
     program = [str(PROGRAM / script), *words(options)]
-    precision = yaml.safe_load(file.read_text(encoding="utf-8"))["mixed_precision"]
-    precision = precision if gpus else "no"  # bf16 is slower than float32 on most CPUs
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
     if cluster.interface and nodes > 1:
         environment |= {
@@ -313,10 +310,10 @@ def launch(
             "GLOO_SOCKET_IFNAME": cluster.interface,
         }
     if count == 1:  # without `accelerate launch`, which keeps SIGTERM from a single process
-        return [sys.executable, *program], environment | {"ACCELERATE_MIXED_PRECISION": precision}
+        return [sys.executable, *program], environment
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(file),
-        "--mixed_precision", precision, "--num_processes", str(count),
+        "--num_processes", str(count),
         "--num_machines", str(nodes), "--machine_rank", str(cluster.rank),
     ]  # fmt: skip
     if nodes > 1:
@@ -452,7 +449,6 @@ def train_command() -> tuple[Cluster, list[str], dict[str, str], str]:
         cluster, script, options,
         config=os.environ.get("LAUNCH_CONFIG", "auto"),
         per_host=int(os.environ.get("LAUNCH_PROCESSES_PER_HOST", "0")) or max(gpus, 1),
-        gpus=gpus,
     )  # fmt: skip
     return cluster, command, environment, script
 
