@@ -545,7 +545,7 @@ def test_one_process_told_to_stop_saves_ends_well_and_goes_on(checkpoint, prepar
     node = sagemaker.start_node(ml)
     launch.wait_for(lambda: (ml / "checkpoints" / "metrics.jsonl").exists(), node)
     sagemaker.process_1(node).send_signal(signal.SIGTERM)
-    code, out, err = sagemaker.end(node, 60)
+    code, out, err = sagemaker.end(node, 120)
     assert code == 0, err[-3000:]
     assert "stopped by SIGTERM after step" in out
     assert not any((ml / "model").iterdir()), "nothing is called finished"

@@ -97,7 +97,7 @@ def test_a_signal_to_one_node_saves_both_end_well_and_the_job_goes_on(
     written = nodes[0] / "checkpoints" / "metrics.jsonl"
     launch.wait_for(written.exists, running[0])
     sagemaker.process_1(running[1]).send_signal(signal.SIGTERM)
-    ends = [sagemaker.end(node, 60) for node in running]
+    ends = [sagemaker.end(node, 120) for node in running]
     assert [code for code, _, _ in ends] == [0, 0], (ends[0][2][-3000:], ends[1][2][-3000:])
     assert "stopped by SIGTERM after step" in ends[0][1]
     done = max(losses(nodes[0] / "checkpoints"))

@@ -385,7 +385,7 @@ def test_a_killed_run_ends_with_the_same_losses_and_the_same_adapter(options, tm
     words = [word for key, value in cut.items() for word in (f"--{key}", str(value))]
     process = subprocess.Popen([sys.executable, "train_lora.py", *words], cwd=launch.ROOT)
     checkpoints = launch.Path(cut["output_dir"]) / "checkpoints"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(checkpoints.glob("step-*/state.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
