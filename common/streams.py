@@ -22,6 +22,7 @@ NO_LENGTH = (1 << 63) - 1  # libsndfile's number of frames of a FLAC stream that
 UNKNOWN_SIZE = 0xFFFFFFFF
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # title and the like, behind the audio
 
+SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")  # of an mp3 frame: layer III
 # Where another stream begins. An mp3's header is a frame of zeros with its number of frames; an
 # Ogg page that begins a stream has number 0 and granule position 0.
 BEGINS = {
@@ -135,23 +136,36 @@ def _as_it_is(data: bytes) -> tuple[io.BytesIO, int]:
 
 
 def _decoded(stream: io.BytesIO) -> int:
-    """Frames that the decoder finds, whatever the header says."""
+    """Frames that the decoder finds, whatever the header says.
+
+    It fills a block before it fails: to seek to the end of a stream of no length, or to find more
+    mp3 in other bytes behind it. Any other failure is damage.
+    """
     total = 0
     with soundfile.SoundFile(stream) as file:
         block = np.empty((BLOCK, file.channels), np.float32)
         while True:
             block[:] = np.nan
             try:
-                frames = len(file.read(out=block))
+                frames, is_end = len(file.read(out=block)), False
             except soundfile.LibsndfileError as error:
-                if error.code != CANNOT_SEEK:
+                is_end = file.format == "MP3" and not _goes_on(stream)
+                if error.code != CANNOT_SEEK and not is_end:
                     raise
-                frames = int((~np.isnan(block[:, 0])).sum())  # all are there, but the seek failed
+                frames = int((~np.isnan(block[:, 0])).sum())
             total += frames
-            if frames < BLOCK:
+            if is_end or frames < BLOCK:
                 break
     stream.seek(0)
     return total
+
+
+def _goes_on(stream: io.BytesIO) -> bool:
+    """Whether mp3 frames, which all begin alike, follow where the decoder has stopped."""
+    data = stream.getvalue()
+    sync = SYNC.search(data)
+    rest = data[stream.tell() :]
+    return bool(sync) and rest.count(sync[0]) > 2 + len(rest) // 4096  # by chance one in 65,536
 
 
 def _mp3(data: bytes) -> tuple[io.BytesIO, int]:

@@ -93,6 +93,9 @@ LONGER = {
     "joined mp3 with tags": (MP3[0] + TAG + MP3[1] + TAG, 4),
     "mp3 whose header names too few frames": (xing_that_says(10), 2),
     "mp3 whose header names no frames": (xing_that_says(0), 2),
+    "joined mp3, the first cut off": (MP3[0][: len(MP3[0]) // 2] + MP3[1], 2.9),
+    "mp3 with other bytes behind": (MP3[0] + b"no sound " * 1_000, 2),
+    "mp3 with zeros behind": (MP3[0] + bytes(5_000), 2),
     "chained vorbis": (VORBIS[0] + VORBIS[1], 4),
     "chained vorbis, the last short": (VORBIS[0] + SHORT_VORBIS, 2.3),
     "chained opus": (OPUS[0] + OPUS[1] + OPUS[0], 6),
@@ -218,6 +221,14 @@ def test_a_container_that_is_not_mended_is_refused_with_the_remedy():
 def test_a_flac_that_is_cut_off_is_damaged_not_short():
     with pytest.raises(AudioError):
         read_audio(io.BytesIO(FLAC[0][: len(FLAC[0]) // 2]))
+
+
+def test_an_mp3_that_is_damaged_in_its_middle_is_not_cut_there():
+    data = encoded(noise(20), format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
+    middle = len(data) // 2
+    damaged = data[:middle] + np.random.default_rng(0).bytes(3_000) + data[middle + 3_000 :]
+    with pytest.raises(AudioError):
+        read_audio(io.BytesIO(damaged), max_seconds=30.0)
 
 
 def test_streams_that_begin_together_in_an_ogg_file_are_one():
