@@ -745,6 +745,8 @@ def main(config: Config) -> None:
     source = sources.find(
         config.source, audio_column=config.hub_audio_column, text_column=config.hub_text_column
     )
+    if source.form == "hub" and config.num_shards > 1:
+        sources.count(source)  # refuses it, before anything is written
     sha256, num_rows = sources.fingerprint(source)
     output_dir = Path(config.output_dir).expanduser().resolve()  # a link's target is replaced
     work = output_dir.with_name(output_dir.name + ".partial")

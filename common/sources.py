@@ -213,8 +213,11 @@ def read(source: Source, first: int = 0, end: int | None = None) -> Iterator[Row
         yield from _guarded(source)
         return
     root = os.path.realpath(source.root)
-    for table in source.tables:
-        next(_records(source, table), None)  # columns that lack are an error before the work starts
+    for table in source.tables:  # columns that lack are an error before the work starts
+        record = next(_records(source, table), {})
+        names = [name for name in columns.TEXT_COLUMNS if columns.as_text(record.get(name))]
+        if first == 0 and len(names) > 1:
+            print(f"{table.path}: texts are taken from {names[0]}, not from {', '.join(names[1:])}")
     records = (
         (table, number, record)
         for table in source.tables

@@ -189,6 +189,13 @@ def test_a_split_that_is_a_number_is_an_unknown_split(tmp_path, value):
     assert row_of(tmp_path, split=value).problem == "unknown split"
 
 
+def test_which_of_several_columns_of_texts_is_taken_is_said(tmp_path, capsys):
+    assert row_of(tmp_path, text="", sentence="y").text == "y"
+    assert "taken" not in capsys.readouterr().out
+    assert row_of(tmp_path, sentence="y", transcript="z").text == "x"
+    assert "texts are taken from text, not from sentence, transcript" in capsys.readouterr().out
+
+
 def test_of_several_path_columns_the_one_that_leads_to_a_file_is_taken(tmp_path):
     write(tmp_path / "clips" / "a.wav", "x")
     for names in (("path", "file_name"), ("file_name", "path")):

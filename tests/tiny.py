@@ -126,11 +126,11 @@ def make_corpus(
     return folder / "clips.csv"
 
 
-def prepare(source: Path, checkpoint: Path, output: Path) -> Path:
+def prepare(source: Path, checkpoint: Path, output: Path, **given: float) -> Path:
     """Run preprocess.py on a Marathi source with a checkpoint's tokenizer."""
     options = {"source": source, "model": checkpoint, "output_dir": output}
     words = {name: str(path) for name, path in options.items()}
-    preprocess.main(preprocess.Config(**words, language="mr", num_workers=1))
+    preprocess.main(preprocess.Config(**words, language="mr", num_workers=1, **given))
     return output
 
 
