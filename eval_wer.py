@@ -350,10 +350,20 @@ def check_languages(config: Config, tokenizer: PreTrainedTokenizerBase, dataset:
         )
 
 
-def read_record(trained: str) -> dict[str, Any] | None:
+def read_record(trained: str, option: str) -> dict[str, Any] | None:
     """What train_lora.py wrote beside an adapter or a model; `None` for one trained elsewhere."""
-    record = Path(trained) / "recipe.json"
-    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    file = Path(trained) / "recipe.json"
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise cli.UserError(
+            f"{option} {trained}: its recipe.json is damaged ({error}): copy it again, or remove "
+            "it to score at 30 seconds"
+        ) from error
+    is_ours = isinstance(record, dict) and {"base_probe", "window"} <= record.keys()
+    return record if is_ours else None  # of another program
 
 
 def check_base(config: Config, record: dict[str, Any], model: torch.nn.Module) -> None:
@@ -442,7 +452,7 @@ def evaluate(config: Config) -> None:
             config.model, adapter, dtype=DTYPES[config.precision], device=accelerator.device
         )
         whisper.complete_generation_config(model, tokenizer)
-        record = read_record(adapter or config.model)
+        record = read_record(adapter or config.model, "--adapter" if adapter else "--model")
         if adapter and record:  # of one trained elsewhere, shapes are all there is to compare
             check_base(config, record, model)
         policy = record and record["window"]

@@ -241,7 +241,7 @@ def micro_batches(
 
 def is_trained_on_short_windows(policy: Mapping[str, object] | None) -> bool:
     """Whether a model's record says so: that of any model but ours is `None`."""
-    return policy is not None and policy["context"] != "full"
+    return policy is not None and policy.get("context") == "auto"
 
 
 def trained_context(policy: Mapping[str, object] | None) -> DecodeContext:
@@ -253,7 +253,8 @@ def natural_window(policy: Mapping[str, object] | None) -> DecodeWindow:
     """How much longer than a clip its natural window is, for a model with this record."""
     if not is_trained_on_short_windows(policy):
         return UNTRAINED
-    return DecodeWindow(int(policy["decode_margin"]), int(policy["decode_floor"]))
+    margin = policy.get("decode_margin", TRAINED.margin)  # older records lack both
+    return DecodeWindow(int(margin), int(policy.get("decode_floor", TRAINED.floor)))
 
 
 def decode_context(seconds: float, context: DecodeContext, window: DecodeWindow) -> int:

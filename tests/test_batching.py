@@ -144,6 +144,7 @@ def test_an_adapter_is_decoded_at_the_windows_it_was_trained_for():
     assert batching.natural_window(batching.window_policy("auto")) == batching.TRAINED
     assert batching.natural_window(batching.window_policy("full")) == batching.UNTRAINED
     assert batching.natural_window(None) == batching.UNTRAINED
+    assert batching.natural_window({"context": "auto"}) == batching.TRAINED, "an older record"
     policies = (batching.window_policy("auto"), batching.window_policy("full"), None)
     assert [batching.trained_context(one) for one in policies] == ["natural", "full", "full"]
     low, high = batching.TRAIN_MARGIN

@@ -263,3 +263,13 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(options, tmp_pa
     (copy / "recipe.json").write_text(json.dumps(made))
     with pytest.raises(cli.UserError, match=r"--adapter .* whose weights are not those of --model"):
         evaluate(options | {"adapter": str(copy)})
+
+
+def test_a_recipe_of_another_program_is_no_record_and_a_damaged_one_is_refused(tmp_path):
+    assert eval_wer.read_record(str(tmp_path), "--adapter") is None
+    for content in ("[1]", '{"steps": 3}'):
+        (tmp_path / "recipe.json").write_text(content)
+        assert eval_wer.read_record(str(tmp_path), "--adapter") is None
+    (tmp_path / "recipe.json").write_text('{"window": ')
+    with pytest.raises(cli.UserError, match=r"--adapter .*: its recipe\.json is damaged"):
+        eval_wer.read_record(str(tmp_path), "--adapter")
