@@ -10,7 +10,7 @@ from common.job_request import Eval, Train, TrainingJob
 
 OLDEST_CAPABILITY = 7.5  # of GPUs that torch's wheels for CUDA 13, as in the image, are built for
 CPU_PARAMETERS = 500e6  # a larger model is not trained or scored on CPUs in a job's time
-BYTES_OF_BASE = {"int8": 1.1, "nf4": 0.6}  # a parameter, embeddings in half precision included
+BYTES_OF_BASE = {"int8": 1.1, "nf4": 0.6}  # a parameter, with embeddings in half: an estimate
 
 
 @dataclass(frozen=True)
