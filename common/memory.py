@@ -203,9 +203,15 @@ def predict_gib(
     if "fc2" in step.lora_targets and step.tune == "lora" and step.quantize == "none":
         passing += 2 * FLOAT * wide  # PEFT casts an adapter's input to float32, dropout copies it
     states = FLOAT + FLOAT  # the encoder's last LayerNorm: input and result
-    encoder = layers * (stream if step.checkpointing else kept.encoder)
+    # bitsandbytes' 8-bit product holds its input where checkpointing does not see it: what 2 or 3
+    # LayerNorms and 1 or 2 attentions return, and GELU's result, stay.
+    hidden = value * (3 + wide) if step.quantize == "int8" else 0.0
+    hidden_decoder = value * (5 + wide) if step.quantize == "int8" else 0.0
+    encoder = layers * (stream + hidden if step.checkpointing else kept.encoder)
     decoder = config.decoder_layers * (
-        stream * tokens if step.checkpointing else kept.cross * positions + kept.decoder * tokens
+        (stream + hidden_decoder) * tokens
+        if step.checkpointing
+        else kept.cross * positions + kept.decoder * tokens
     )
     again = kept.encoder if step.checkpointing and layers else 0.0
     if step.encoder_cached:

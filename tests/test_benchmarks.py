@@ -15,7 +15,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperConfig
 
-from benchmarks import engines, flops, kill_resume, process, scaling, versus_recipe
+from benchmarks import (
+    engines,
+    flops,
+    kill_resume,
+    process,
+    scaling,
+    simulated_memory,
+    versus_recipe,
+)
 from common import audio, cli, whisper
 from common.dataset import column, label_lengths, load_prepared
 
@@ -24,6 +32,7 @@ BENCHMARKS = {
     "scaling": scaling,
     "engines": engines,
     "kill_resume": kill_resume,
+    "simulated_memory": simulated_memory,
 }
 
 
