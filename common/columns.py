@@ -97,6 +97,12 @@ def is_time(name: str) -> bool:
     return bool(role) and role[0] in ("start", "end")
 
 
+def is_known(name: str) -> bool:
+    """Whether a column means something here."""
+    known = (PATH_COLUMNS, TEXT_COLUMNS, SPEAKER_COLUMNS, LANGUAGE_COLUMNS, SPLIT_COLUMNS)
+    return any(name in names for names in known) or _time_role(name) is not None
+
+
 def times(record: dict[str, Any]) -> tuple[float | None, float | None]:
     """Where a clip starts and ends in its file, in seconds; `None` where the file does.
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.cli import UserError
-from common.columns import PATH_COLUMNS, TEXT_COLUMNS, column_name
+from common.columns import PATH_COLUMNS, TEXT_COLUMNS, column_name, is_known
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 SEPARATORS = ",;\t|"
 SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n?")  # Excel's first line
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+OVER_LINES = "a cell runs over several lines: an unbalanced quote?"
 
 Record = dict[str, Any]
 
@@ -41,7 +43,9 @@ def records(path: Path, *, quotes_are_text: bool = False) -> Iterator[Record]:
         if "json" in path.suffix.lower():
             yield from _json_records(file, path)
         else:
-            yield from _separated_records(file, path, quotes_are_text)
+            rows = _separated_records(file, path, quotes_are_text)
+            is_tsv = path.suffix.lower() == ".tsv" and not quotes_are_text
+            yield from _without_halves(rows) if is_tsv else rows
 
 
 # ------ csv and tsv
@@ -84,9 +88,20 @@ def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Itera
         if len(cells) != len(header):
             yield {"": f"{len(cells)} cells under {len(header)} columns"}
         elif any("\n" in cell for cell in cells):
-            yield {"": "a cell runs over several lines: an unbalanced quote?"}
+            yield {"": OVER_LINES}
         else:
             yield dict(zip(header, cells, strict=True))
+
+
+def _without_halves(rows: Iterator[Record]) -> Iterator[Record]:
+    """The rows of a tsv, but for the first line of a quoted cell that runs over several lines."""
+    before = next(rows, None)
+    while before is not None:
+        row = next(rows, None)
+        is_open = any(str(cell).startswith('"') for cell in before.values())
+        is_half = is_open and row is not None and row.keys() == {""} != before.keys()
+        yield {"": OVER_LINES} if is_half else before
+        before = row
 
 
 def _separator(header: str, path: Path) -> str:
@@ -108,7 +123,7 @@ def _check_header(header: list[str], given: list[str], path: Path) -> None:
                 f"its columns are {', '.join(given) or 'none'}: rename one, or write a first line "
                 "that names the columns"
             )
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+    twice = sorted({name for name in header if header.count(name) > 1 and is_known(name)})
     if twice:
         raise UserError(f"--source: {path} has two columns {', '.join(twice)}: rename one")
 

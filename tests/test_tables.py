@@ -60,6 +60,17 @@ def test_what_pandas_writes_as_tsv_is_read_back(tmp_path):
     assert texts(tmp_path / "index.tsv") == written
 
 
+def test_a_quoted_cell_of_several_lines_is_malformed_not_half_a_text(tmp_path):
+    content = 'path\ttext\na.wav\t"one\ntwo"\nb.wav\tthree\nc.wav\t"four\nd.wav\tfive\n'
+    found = rows(write(tmp_path / "m.tsv", content))
+    assert [row.problem or row.text for row in found] == [
+        *["malformed row"] * 2,
+        "three",
+        '"four',
+        "five",
+    ]
+
+
 def test_common_voices_own_quotes_stay_as_they_are(tmp_path):
     header, cell = "client_id\tpath\tsentence\n", '"She said ""come"""'
     write(tmp_path / "clips" / "a.mp3", "x")
@@ -85,6 +96,7 @@ def test_a_table_without_a_header_is_refused_with_the_remedy(tmp_path):
 def test_two_columns_of_one_name_are_refused(tmp_path):
     with pytest.raises(UserError, match="has two columns text: rename one"):
         rows(write(tmp_path / "m.csv", "path,text,Text\na.wav,x,y\n"))
+    assert texts(write(tmp_path / "m.csv", "path,text,note,Note\na.wav,x,y,z\n")) == ["x"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
