@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import UserError
+from common.cli import OwnError, UserError
 
 NO_GPUS = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES: GPUs are hidden on purpose
 CUDNN_ATTENTION_CAPABILITY = (9, 0)  # Hopper; torch 2.11 and later try cuDNN first from here on
@@ -26,7 +26,7 @@ def check(devices: Path = Path("/dev")) -> None:
     if own is not None:
         _check_kernels(own, torch.cuda.get_arch_list())
         return
-    if not any(devices.glob("nvidia[0-9]*")) or _gpus_are_hidden():
+    if _gpus_are_hidden() or not any(devices.glob("nvidia[0-9]*")):
         return
     raise UserError(
         f"this machine's GPU cannot be used ({_reason()}): update its driver, or install a torch "
@@ -36,10 +36,20 @@ def check(devices: Path = Path("/dev")) -> None:
 
 
 def capability() -> tuple[int, int] | None:
-    """The compute capability of this process's GPU; `None` on a CPU."""
-    if not torch.cuda.is_available():
+    """The compute capability of this process's GPU; `None` on a CPU.
+
+    Raises:
+        OwnError: this machine has fewer GPUs than processes.
+    """
+    if _gpus_are_hidden() or not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise OwnError(
+            f"--num_processes: process {index + 1} of this machine has no GPU, there are {count}: "
+            "start one process per GPU"
+        )
+    return torch.cuda.get_device_capability(index)
 
 
 def _gpus_are_hidden() -> bool:

@@ -16,12 +16,14 @@ def device(monkeypatch):
 
     def report(capability, built_for=("sm_75", "sm_80", "sm_90", "sm_120", "compute_120")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(capability is not None))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # as a T4 says
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_for))
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     return report
 
 
@@ -132,6 +134,15 @@ def test_a_gpu_that_torch_cannot_use_is_one_line_and_never_silently_the_cpu(
         gpu.check(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     gpu.check(tmp_path)  # hidden on purpose
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(device, monkeypatch):
+    device((8, 0))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(cli.OwnError, match="process 2 of this machine has no GPU, there are 1: "):
+        precision.choose("auto")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert precision.choose("auto") == "fp32", "the launcher was asked for the CPU"
 
 
 @pytest.mark.parametrize(
