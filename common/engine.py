@@ -402,7 +402,8 @@ def close(accelerator: Accelerator) -> None:
     A thread of gloo may still hold a tensor of Python's when its group's work is done, and lets go
     of it a moment later. Where that moment comes after the interpreter's end, the process dies of
     SIGABRT or SIGSEGV (https://github.com/pytorch/pytorch/pull/179291). A group joins its threads
-    when it is freed, so all groups are freed here, while the interpreter is whole.
+    when it is freed, so all groups are freed here, while the interpreter is whole. ZeRO-3 alone
+    keeps its groups: DeepSpeed's parameters hold them, and its modules hold these.
     """
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # DeepSpeed's engine, DDP's and FSDP's modules: they hold groups
@@ -411,6 +412,10 @@ def close(accelerator: Accelerator) -> None:
         # DTensor's caches hold meshes, and a mesh its groups, up to the interpreter's end.
         for mesh in (one for one in gc.get_objects() if type(one) is DeviceMesh):
             mesh._pg_registry.clear()
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from deepspeed.utils import groups
+
+            groups._WORLD_GROUP = None  # its copy of the group of all; nothing public frees it
     accelerator.end_training()
 
 

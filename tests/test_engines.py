@@ -138,12 +138,17 @@ def test_a_run_goes_on_with_other_processes_and_another_engine(options, one, fol
     assert_same(one, own, "adapter", 1e-4)
 
 
-@pytest.mark.parametrize("config", ["cpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
-@pytest.mark.parametrize("script", ["train_lora", "eval_wer"])
+@pytest.mark.parametrize(
+    ("script", "config"),
+    [
+        ("train_lora", "cpu"),
+        ("train_lora", "deepspeed_zero2"),
+        ("train_lora", "fsdp2"),
+        ("eval_wer", "cpu"),
+    ],
+)
 def test_no_thread_of_gloo_outlives_the_interpreter(options, folder, config, script):
     """One that lets a tensor go after it ends the process with SIGSEGV or SIGABRT."""
-    if script == "eval_wer" and config != "cpu":
-        pytest.skip("scores without an engine")
     own = options | {"output_dir": str(folder / f"threads_{script}_{config}"), "max_steps": 1}
     if script == "eval_wer":
         own = {name: own[name] for name in ("model", "data_dir", "output_dir", "num_workers")}

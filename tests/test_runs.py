@@ -30,5 +30,5 @@ def test_the_measuring_run_scores_base_and_adapter_at_both_windows(checkpoint, t
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for name in ("base_auto", "base_full", "adapter_auto", "adapter_full"):
+    for name in ("base_natural", "base_full", "adapter_natural", "adapter_full"):
         assert (tmp_path / "out" / f"wer_{name}" / "wer.json").is_file(), name
