@@ -9,12 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli, memory
 
-script = importlib.import_module(os.environ["SCRIPT"])
-FREE = {"train_lora": (100.0, 7.0), "eval_wer": (100.0, 1e-3)}[script.__name__]  # by rank
-
-
-def free_of_this_process(*_given):
-    return FREE[int(os.environ["RANK"])]
+FREE = {"train_lora": (100.0, 7.0), "eval_wer": (100.0, 1e-3)}  # GiB by rank, or seconds
 
 
 def seconds_like_memory(*_given, memory_gib, **_options):
@@ -23,7 +18,9 @@ def seconds_like_memory(*_given, memory_gib, **_options):
 
 
 if __name__ == "__main__":
-    script.device_memory_gib = free_of_this_process
+    script = importlib.import_module(os.environ["SCRIPT"])
+    free = FREE[script.__name__][int(os.environ["RANK"])]
+    script.device_memory_gib = lambda *_given: free
     script.held_gib = lambda _device: 0.0
     script.plan_memory = seconds_like_memory
     cli.run(script.main, script.Config)

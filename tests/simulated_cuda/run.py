@@ -245,7 +245,7 @@ def decode(case: Case, base: WhisperForConditionalGeneration, meter: Any) -> dic
     start, meter.peak, meter.kernels = meter.live, meter.live, 0
     meter.ops.clear()
     with torch.no_grad():  # in inference mode, which `decode` is in, there are no fake kernels
-        decoding.decode.__wrapped__(
+        decoding.decode_at_once.__wrapped__(
             base,
             torch.zeros(case.clips, samples, dtype=torch.int16),
             windows=[case.positions] * case.clips,
