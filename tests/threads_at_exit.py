@@ -27,7 +27,8 @@ def tell() -> None:
     print(f"threads of gloo at exit: {gloo_threads()}", flush=True)
 
 
-atexit.register(tell)  # before all others, so that it is called after them
+if __name__ == "__main__":
+    atexit.register(tell)  # before all others, so that it is called after them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli  # noqa: E402
