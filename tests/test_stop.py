@@ -1,6 +1,7 @@
 """Stopping: signals, time limits; all processes agree, save and end well, and a run goes on."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -39,13 +40,29 @@ def saved_step(options):
     return json.loads((folder / "state.json").read_text())["step"]
 
 
-def end(process):
-    """Its output, once it has ended by itself within the two minutes that SageMaker gives a job."""
+def computed(process):
+    """Seconds that the processors have spent on a process and all below it, so far."""
+    times = [one.cpu_times() for one in launch.descendants(process)]
+    return sum(sum(one[:4]) for one in times)  # user and system, ended children included
+
+
+def end(process, before):
+    """Its output, once it has ended by itself, 10 seconds of computing after the signal at most.
+
+    Of computing, because a loaded machine takes longer by the clock.
+
+    Args:
+        before: what it had `computed` when it got the signal.
+    """
+    others = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     try:
-        return process.communicate(timeout=120)
+        out, err = process.communicate(timeout=120)  # SageMaker gives a job two minutes
     except subprocess.TimeoutExpired:
         process.kill()
         pytest.fail(f"did not end: {process.communicate()}")
+    spent = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - others - before
+    assert spent < 10, f"{spent:.1f} s after the signal"
+    return out, err
 
 
 def signal_after_step(process, number, options):
@@ -67,8 +84,9 @@ def signal_after_step(process, number, options):
 def test_a_signal_saves_ends_well_and_the_run_goes_on_exactly(options, number, tmp_path):
     process = launch.start(launch.command("train_lora.py", options | {"num_workers": 1}))
     launch.wait_for(is_training(options), process)
+    before = computed(process)
     last = signal_after_step(psutil.Process(process.pid), number, options)
-    out, err = end(process)
+    out, err = end(process, before)
     assert process.returncode == 0, err
     assert f"stopped by {number.name} after step" in out
     step = saved_step(options)
@@ -86,11 +104,12 @@ def test_a_signal_saves_ends_well_and_the_run_goes_on_exactly(options, number, t
 def test_a_signal_to_one_of_two_processes_or_the_launcher_stops_both(options, target):
     process = launch.start(launch.command("train_lora.py", options, processes=2))
     launch.wait_for(is_training(options), process)
+    before = computed(process)
     if target == "launcher":
         process.send_signal(signal.SIGTERM)
     else:
         last = signal_after_step(launch.ranks(process)[-1], signal.SIGTERM, options)
-    out, err = end(process)
+    out, err = end(process, before)
     assert "after step" in out and "stopped by" in out, (out[-2000:], err[-3000:])
     if target != "launcher":  # accelerate's launcher reports its own signal as a failure
         assert process.returncode == 0, err
