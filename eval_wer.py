@@ -9,39 +9,26 @@ gathered by clip id, and errors are counted over the corpus once.
 """
 
 import json
-import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from transformers import (
-    PreTrainedTokenizerBase,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-)
+from transformers import PreTrainedTokenizerBase
 
-from common import batching, cli, decoding, engine, labels, metrics, precision, whisper
-from common.batching import DecodeBatch, DecodeContext, DecodeWindow
-from common.collator import SpeechCollator, load_batches
-from common.dataset import column, load_prepared
+from common import batching, cli, engine, labels, precision, predictions, whisper
+from common.batching import DecodeContext
 from common.files import write_json, write_text
-from common.memory import CAP_MARGIN, device_memory_gib, peak_memory_gib, plan_decoding
+from common.memory import peak_memory_gib
 from common.precision import DTYPES, Precision
-from common.progress import track
-from common.recipe import recipe
-
-CAP_EXTRA = 16  # tokens on top, for clips so short that a rate says little
-WORST_CLIPS = 20
+from common.predictions import Prediction
+from common.prepared import column, load_prepared
+from common.provenance import describe_run
+from evaluation.report import key_values, table, worst_clips
 
 
 @dataclass
@@ -63,238 +50,7 @@ class Config:
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for wer.json, predictions.jsonl
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What was decoded from one clip."""
-
-    id: str
-    text: str
-    hit_cap: bool  # the token cap cut it off: most likely a loop
-    decoded_again: bool = False  # at 30 seconds, as its own window gave a loop or hit the cap
-
-
-# ------ decoding
-
-
-def load_for_decoding(
-    model: str, adapter: str, *, dtype: torch.dtype, device: torch.device
-) -> WhisperForConditionalGeneration:
-    """Load a base, merge the adapter (if not empty) in float32, then convert the weights once."""
-    base = whisper.load_base(model, dtype=torch.float32)
-    if adapter:
-        base = whisper.load_merged(base, adapter)
-    return base.to(device, dtype).eval()
-
-
-def collator_for(model: WhisperForConditionalGeneration) -> SpeechCollator:
-    """The collator with a model's start token."""
-    return SpeechCollator(model.config.decoder_start_token_id, model.config.pad_token_id)
-
-
-def token_cap(seconds: float, tokens_per_second: float) -> int:
-    """Most new tokens a clip may take: what its duration can hold and some more.
-
-    Args:
-        tokens_per_second: the rate that 99.9 % of the prepared clips stay below.
-    """
-    return min(
-        math.ceil(seconds * tokens_per_second * CAP_MARGIN) + CAP_EXTRA,
-        labels.MAX_LABELS - decoding.PROMPT_LENGTH,
-    )
-
-
-def transcribe(
-    model: WhisperForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    batches: Sequence[DecodeBatch],
-    *,
-    task: str,
-    tokens_per_second: float,
-    num_beams: int = 1,
-    num_workers: int = 0,
-    quiet: bool = True,
-) -> list[Prediction]:
-    """Decode `batches` of clips of `dataset` in this process.
-
-    A clip whose text loops or hits its cap at a window shorter than 30 seconds is decoded once more
-    at 30 seconds, and that text counts: which clips are is a matter of each clip alone.
-    """
-    once = partial(
-        _transcribe_once, model, tokenizer, dataset, task=task, tokens_per_second=tokens_per_second,
-        num_beams=num_beams, num_workers=num_workers, quiet=quiet,
-    )  # fmt: skip
-    found = once(batches)
-    again = sorted(clip for clip, (_, failed) in found.items() if failed)
-    if again:
-        held = max(sum(batch.windows) for batch in batches)  # as much memory as before
-        planned = batching.decode_plan(
-            column(dataset, "seconds")[again],
-            batch_seconds=held / batching.POSITIONS_PER_SECOND,
-            context="full",
-            window=batching.UNTRAINED,
-        )
-        wide = [replace(one, clips=tuple(again[row] for row in one.clips)) for one in planned]
-        for clip, (prediction, _) in once(wide).items():
-            found[clip] = replace(prediction, decoded_again=True), False
-    return [prediction for prediction, _ in found.values()]
-
-
-def _transcribe_once(
-    model: WhisperForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    batches: Sequence[DecodeBatch],
-    *,
-    task: str,
-    tokens_per_second: float,
-    num_beams: int,
-    num_workers: int,
-    quiet: bool,
-) -> dict[int, tuple[Prediction, bool]]:
-    """Predictions by row of `dataset`, and whether each is one that 30 seconds may mend."""
-    collate = collator_for(model)
-    english_only = labels.is_english_only(tokenizer)
-    seconds, languages = column(dataset, "seconds"), column(dataset, "language")
-    ids = column(dataset, "id")
-    loader = load_batches(dataset, batches, collate, num_workers=num_workers)
-    found = {}
-    collated = track(loader, total=len(batches), what="decoding, batches", quiet=quiet)
-    for batch, inputs in zip(batches, collated, strict=True):
-        clips = list(batch.clips)
-        caps = [token_cap(float(seconds[clip]), tokens_per_second) for clip in clips]
-        decoded = decoding.decode(
-            model,
-            inputs["waves"],
-            windows=batch.windows,
-            languages=None if english_only else [str(languages[clip]) for clip in clips],
-            task=task,
-            caps=caps,
-            num_beams=num_beams,
-        )
-        for clip, window, tokens, cap in zip(clips, batch.windows, decoded, caps, strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            hit_cap = len(tokens) >= cap
-            failed = window < batching.FULL_CONTEXT and (hit_cap or decoding.loops(tokens))
-            found[clip] = Prediction(str(ids[clip]), text, hit_cap), failed
-    return found
-
-
-def gather(predictions: list[Prediction]) -> dict[str, Prediction]:
-    """All ranks' predictions by clip id, on every rank."""
-    return {found.id: found for found in gather_object(predictions)}
-
-
-# ------ scores
-
-
-def written_languages(dataset: Dataset, task: str) -> list[str]:
-    """The codes of the languages that the clips' texts are in: translations are English."""
-    return [
-        "en" if task == "translate" else str(language) for language in column(dataset, "language")
-    ]
-
-
-def score(
-    dataset: Dataset,
-    predictions: dict[str, Prediction],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    task: str,
-) -> dict[str, Any]:
-    """Count errors over the corpus on the stored transcripts, under each normaliser.
-
-    Args:
-        predictions: one for each clip of `dataset`, by id.
-        tokenizer: may hold the spelling table of the English normaliser.
-        task: `transcribe` or `translate`, whose texts are English.
-    """
-    languages = written_languages(dataset, task)
-    references = [str(text) for text in column(dataset, "text")]
-    found = [predictions[str(clip_id)] for clip_id in column(dataset, "id")]
-    texts = [one.text for one in found]
-    spelling = getattr(tokenizer, "english_spelling_normalizer", None)
-    names = metrics.normalisers_for(languages)
-    return {
-        "clips": len(found),
-        "clips_at_cap": sum(one.hit_cap for one in found),
-        "clips_decoded_again": sum(one.decoded_again for one in found),
-        "normalisers": {
-            name: metrics.ErrorRate(name, spelling=spelling, languages=languages).compute(
-                predictions=texts, references=references
-            )
-            for name in names
-        },
-    }
-
-
-def worst_clips(
-    dataset: Dataset, predictions: dict[str, Prediction], task: str
-) -> list[dict[str, Any]]:
-    """The clips with the most word errors (marks kept), worst first."""
-    rows = []
-    told = column(dataset, "id"), column(dataset, "text"), written_languages(dataset, task)
-    for clip_id, text, language in zip(*told, strict=True):
-        said = predictions[str(clip_id)]
-        counts = metrics.count_errors(
-            metrics.keep_marks(str(text), language),
-            metrics.keep_marks(said.text, language),
-            "word",
-        )
-        rows.append(
-            {
-                "id": said.id,
-                "word_errors": counts.errors,
-                "reference_words": counts.reference_length,
-                "reference": str(text),
-                "hypothesis": said.text,
-                "hit_cap": said.hit_cap,
-                "decoded_again": said.decoded_again,
-            }
-        )
-    return sorted(rows, key=lambda row: (-row["word_errors"], row["id"]))[:WORST_CLIPS]
-
-
-def table(systems: dict[str, dict[str, Any]]) -> str:
-    """Rates of all systems side by side, a line a measure."""
-    first = next(iter(systems.values()))
-    lines = [" " * 22 + "".join(f"{name:>12}" for name in systems)]
-    lines.append(f"{'window':<22}" + "".join(f"{one['window']:>12}" for one in systems.values()))
-    for rate in ("wer", "cer"):
-        for normaliser in first["normalisers"]:
-            values = (one["normalisers"][normaliser][rate] for one in systems.values())
-            lines.append(
-                f"{rate.upper()} {normaliser:<18}" + "".join(f"{value:12.2f}" for value in values)
-            )
-    units = {name: rates["unit"] for name, rates in first["normalisers"].items()}
-    by_letter = [f"{name} by {unit}" for name, unit in units.items() if unit != "word"]
-    if by_letter:
-        lines.append(f"WER is counted by word, but {', '.join(by_letter)}")
-    lines += [_edits(systems, normaliser) for normaliser in first["normalisers"]]
-    last = (
-        ("clips_at_cap", "12d"), ("clips_decoded_again", "12d"), ("real_time_factor", "12.3f"),
-        ("peak_memory_gib", "12.2f"),
-    )  # fmt: skip
-    for measure, form in last:
-        values = (one[measure] for one in systems.values())
-        lines.append(f"{measure:<22}" + "".join(f"{value:{form}}" for value in values))
-    return "\n".join(lines)
-
-
-def key_values(system: dict[str, Any]) -> str:
-    """Rates in one line, as a program reads them: `wer_raw=68.7 cer_raw=28.7 ...`."""
-    return " ".join(
-        f"{rate}_{name}={rates[rate]:.5g}"
-        for name, rates in system["normalisers"].items()
-        for rate in ("wer", "cer")
-    )
-
-
-def _edits(systems: dict[str, dict[str, Any]], normaliser: str) -> str:
-    """Word substitutions + deletions + insertions of all systems."""
-    words = (one["normalisers"][normaliser]["words"] for one in systems.values())
-    edits = (f"{w['substitutions']}+{w['deletions']}+{w['insertions']}" for w in words)
-    return f"S+D+I {normaliser:<16}" + "".join(f"{edit:>12}" for edit in edits)
+# ------ results
 
 
 def write_results(
@@ -314,7 +70,7 @@ def write_results(
         row |= {f"{name}_decoded_again": one.decoded_again for name, one in said.items()}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(output / "predictions.jsonl", "".join(lines))
-    write_json(output / "wer.json", systems | {"recipe": recipe(config)})
+    write_json(output / "wer.json", systems | {"recipe": describe_run(config)})
     print(table(systems))
     for name, system in systems.items():
         print(f"{name}: {key_values(system)}")
@@ -375,41 +131,6 @@ def check_base(config: Config, record: dict[str, Any], model: torch.nn.Module) -
         )
 
 
-def plan_batches(
-    accelerator: Accelerator,
-    model_config: WhisperConfig,
-    seconds: np.ndarray,
-    *,
-    bytes_per_value: int,
-    context: DecodeContext,
-    window: DecodeWindow,
-    batch_seconds: float = 0.0,
-    num_beams: int = 1,
-) -> tuple[list[DecodeBatch], float]:
-    """Batches that fit the memory of every process, as many for each; their seconds of window.
-
-    All processes must call. What earlier batches have left in the allocator's cache is given back.
-
-    Args:
-        seconds: (N,) length of each clip.
-        bytes_per_value: of keys and values.
-        batch_seconds: given by hand; 0 fits the memory.
-    """
-    clear_device_cache(garbage_collection=True)
-    of = accelerator.num_processes
-    fits = plan_decoding(
-        model_config,
-        memory_gib=engine.least(accelerator, device_memory_gib(accelerator.device, of)),
-        bytes_per_value=bytes_per_value,
-        num_beams=num_beams,
-    )
-    batch_seconds = batch_seconds or fits
-    batches = batching.decode_plan(
-        seconds, batch_seconds=batch_seconds, context=context, window=window, num_processes=of
-    )
-    return batches, batch_seconds
-
-
 def main(config: Config) -> None:
     check(config)
     with engine.clear_errors(config.collective_timeout):
@@ -448,7 +169,7 @@ def evaluate(config: Config) -> None:
     if config.adapter:
         adapters["adapter"] = config.adapter
     for name, adapter in adapters.items():
-        model = load_for_decoding(
+        model = predictions.load_for_decoding(
             config.model, adapter, dtype=DTYPES[config.precision], device=accelerator.device
         )
         whisper.complete_generation_config(model, tokenizer)
@@ -459,7 +180,7 @@ def evaluate(config: Config) -> None:
         window, context = batching.natural_window(policy), config.context
         if context == "auto":
             context = batching.trained_context(policy)
-        batches, batch_seconds = plan_batches(
+        batches, batch_seconds = predictions.plan_batches(
             accelerator,
             model.config,
             seconds,
@@ -476,7 +197,7 @@ def evaluate(config: Config) -> None:
             f"{len(batches)} batches"
         )
         start = time.perf_counter()
-        mine = transcribe(
+        mine = predictions.transcribe(
             model,
             tokenizer,
             dataset,
@@ -487,9 +208,9 @@ def evaluate(config: Config) -> None:
             num_workers=config.num_workers,
             quiet=not accelerator.is_main_process,
         )
-        texts[name] = gather(mine)
+        texts[name] = predictions.gather(mine)
         wall_seconds = time.perf_counter() - start
-        systems[name] = score(dataset, texts[name], tokenizer, task=task) | {
+        systems[name] = predictions.score(dataset, texts[name], tokenizer, task=task) | {
             "window": context,
             "audio_seconds": float(seconds.sum()),
             "batch_seconds": batch_seconds,

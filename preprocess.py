@@ -40,21 +40,9 @@ import numpy as np
 from soundfile import __libsndfile_version__ as libsndfile_version
 from transformers import PreTrainedTokenizerBase
 
-from common import (
-    audio,
-    cli,
-    clips,
-    dataset,
-    files,
-    labels,
-    meeting,
-    parts,
-    progress,
-    s3,
-    sources,
-    splits,
-)
-from common.recipe import git_commit
+from common import audio, cli, files, labels, prepared, progress
+from common.provenance import git_commit
+from prepare import clips, meeting, parts, s3, sources, splits
 
 # ------ options
 
@@ -330,7 +318,7 @@ def fractions_missed(kept: np.ndarray, by: str, config: Config) -> dict[str, lis
         cut, fractions = kept[kept["split"] != splits.TEST], {"validation": fractions["validation"]}
     found = {}
     for name, fraction in fractions.items():
-        num_clips = int((cut["split"] == dataset.SPLITS.index(name) + 1).sum())
+        num_clips = int((cut["split"] == prepared.SPLITS.index(name) + 1).sum())
         if splits.far_off(num_clips, fraction, len(cut)):
             found[name] = [fraction, round(num_clips / len(cut), 3)]
     return found
@@ -347,7 +335,7 @@ def describe(
     kept = facts[facts["reason"] == 0]
     dropped = Counter(clips.REASONS[code] for code in facts["reason"] if code)
     used = [
-        (name, kept[kept["split"] == code]) for code, name in enumerate(dataset.SPLITS, start=1)
+        (name, kept[kept["split"] == code]) for code, name in enumerate(prepared.SPLITS, start=1)
     ]
     mel_bins = 128 if labels.has_language(tokenizer, "yue") else 80  # large-v3 brought both
     padded = len(kept) * mel_bins * audio.N_FRAMES * 4
@@ -419,10 +407,10 @@ def say(report: dict[str, Any], output_dir: str) -> None:
 def finished_before(config: Config, source_sha256: str) -> dict[str, Any] | None:
     """`preprocess.json` of output that is there already; refuses a place of anything else."""
     if meets_on_s3(config):
-        content = dict(s3.get(config.s3_uri, [dataset.RECIPE_NAME])).get(dataset.RECIPE_NAME)
+        content = dict(s3.get(config.s3_uri, [prepared.RECIPE_NAME])).get(prepared.RECIPE_NAME)
         if content is None:
             return None
-        recipe, place = dataset.parse_recipe(content), f"--s3_uri {config.s3_uri}"
+        recipe, place = prepared.parse_recipe(content), f"--s3_uri {config.s3_uri}"
         refuse_other(recipe, place, config, source_sha256)
         return recipe
     folder, place = Path(config.output_dir).expanduser(), f"--output_dir {config.output_dir}"
@@ -434,7 +422,7 @@ def finished_before(config: Config, source_sha256: str) -> dict[str, Any] | None
         )
     if not folder.exists() or not any(folder.iterdir()):
         return None
-    recipe = dataset.read_recipe(folder)
+    recipe = prepared.read_recipe(folder)
     refuse_other(recipe, place, config, source_sha256)
     return recipe
 
@@ -612,7 +600,7 @@ def write_recipe(
         "source": {"form": source.form, "sha256": sha256},
         "languages": sorted(languages),
     }
-    files.write_json(folder / dataset.RECIPE_NAME, {**recipe, **about, **report})
+    files.write_json(folder / prepared.RECIPE_NAME, {**recipe, **about, **report})
 
 
 def prepare(
@@ -769,7 +757,7 @@ def main(config: Config) -> None:
             if report is None:
                 return
             if meets_on_s3(config):
-                s3.upload(work / "shards" / "result", config.s3_uri, last=dataset.RECIPE_NAME)
+                s3.upload(work / "shards" / "result", config.s3_uri, last=prepared.RECIPE_NAME)
             else:
                 (work / "shards" / "result").rename(output_dir)
     say(report, where)
@@ -781,7 +769,7 @@ def main(config: Config) -> None:
             f"{config.s3_uri} holds the dataset of all shards; {config.output_dir} is not written"
         )
     elif config.s3_uri:
-        sent, there = s3.upload(output_dir, config.s3_uri, last=dataset.RECIPE_NAME)
+        sent, there = s3.upload(output_dir, config.s3_uri, last=prepared.RECIPE_NAME)
         print(f"{config.s3_uri}: {sent} files sent, {there} were there already")
 
 

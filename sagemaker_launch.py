@@ -30,12 +30,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import cli, instances, job_report
+from common import cli
 from common.aws import NOT_THERE, bucket_region, client, split_uri, told_in_one_line
 from common.cli import UserError
 from common.files import MARKERS, new_folder
-from common.job_check import all_problems
-from common.job_request import (
+from jobs import instances
+from jobs import report as job_report
+from jobs.check import all_problems
+from jobs.request import (
     Eval,
     Job,
     Prepare,
@@ -209,7 +211,7 @@ def send(job: Job, requests: list[dict[str, Any]], name: str) -> None:
 
 def inputs(job: Job) -> Iterator[tuple[str, str, str]]:
     """Option, place and a file that must be in it, for everything that a job reads."""
-    from common.dataset import RECIPE_NAME  # brings pandas: not for `status`
+    from common.prepared import RECIPE_NAME  # brings pandas: not for `status`
 
     if isinstance(job, Prepare):
         yield "--source_s3", job.source_s3, job.source_file

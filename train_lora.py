@@ -32,14 +32,11 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
-import eval_wer
-from common import batching, checkpoint, cli, engine, labels, precision, whisper
+from common import batching, cli, engine, labels, precision, predictions, whisper
 from common.batching import Context, DecodeBatch, GlobalBatch, MicroBatch
 from common.collator import SpeechCollator, label_positions, load_batches
-from common.dataset import column, label_lengths, load_prepared
 from common.encoder_cache import EncoderCache, finish, is_filled, make_room
 from common.files import write_json
-from common.journal import Journal, log, log_text, open_journal
 from common.memory import (
     MemoryPlan,
     count_weights,
@@ -51,10 +48,13 @@ from common.memory import (
 )
 from common.memory import Step as MemoryStep
 from common.precision import DTYPES, Precision
+from common.predictions import Prediction
+from common.prepared import column, label_lengths, load_prepared
 from common.progress import track
-from common.recipe import recipe
-from common.stop import Stop, agree, listen
-from eval_wer import Prediction
+from common.provenance import describe_run
+from training import checkpoint
+from training.journal import Journal, log, log_text, open_journal
+from training.stop import Stop, agree, listen
 
 SANITY_CLIPS = 2  # validation clips that are tried before training, to fail early
 FULL_RATE = 1e-4  # above it, full fine-tuning is warned
@@ -307,7 +307,7 @@ class Run:
     def decode_plan(self) -> list[DecodeBatch]:
         """The validation clips in batches to be decoded, as large as the free memory allows."""
         dtype = DTYPES[self.config.precision]
-        return eval_wer.plan_batches(
+        return predictions.plan_batches(
             self.accelerator,
             self.model.config,
             column(self.validation, "seconds"),
@@ -655,7 +655,7 @@ def transcribe_validation(
 ) -> dict[str, Prediction]:
     """Decode batches of validation clips, shared out among the processes."""
     with decoding_model(run) as model, decoding_precision(run, model):
-        mine = eval_wer.transcribe(
+        mine = predictions.transcribe(
             model,
             run.tokenizer,
             run.validation,
@@ -664,7 +664,7 @@ def transcribe_validation(
             tokens_per_second=tokens_per_second,
             num_workers=run.config.num_workers,
         )
-    return eval_wer.gather(mine)
+    return predictions.gather(mine)
 
 
 def decoding_precision(
@@ -689,16 +689,16 @@ def try_validation(run: Run) -> None:
 def evaluate_wer(run: Run, step: int) -> None:
     """Log the validation word error rate, with a few texts for TensorBoard."""
     rate = run.prepared["tokens_per_second"]["p999"]
-    predictions = transcribe_validation(run, run.decode_plan(), rate)
+    texts_by_id = transcribe_validation(run, run.decode_plan(), rate)
     task = run.prepared["config"]["task"]
-    rates = eval_wer.score(run.validation, predictions, run.tokenizer, task=task)["normalisers"]
+    rates = predictions.score(run.validation, texts_by_id, run.tokenizer, task=task)["normalisers"]
     record = {"step": step}
     for name in ("raw", "keep_marks"):
         record |= {f"wer_{name}": rates[name]["wer"], f"cer_{name}": rates[name]["cer"]}
     log(run.journal, record)
     few = range(min(SHOWN_TEXTS, len(run.validation)))
     shown = run.validation.select_columns(["id", "text"]).select(few)
-    texts = (f"{row['id']}  \n{row['text']}  \n{predictions[row['id']].text}" for row in shown)
+    texts = (f"{row['id']}  \n{row['text']}  \n{texts_by_id[row['id']].text}" for row in shown)
     log_text(run.journal, "predictions", "\n\n".join(texts), step)
 
 
@@ -863,7 +863,7 @@ def train(config: Config, stop: Stop) -> Accelerator:
         max_batch_seconds=memory.max_batch_seconds,
         gradient_checkpointing=memory.checkpointing,
     )
-    made = recipe(config) | {  # as used: nothing in it says "auto" any more
+    made = describe_run(config) | {  # as used: nothing in it says "auto" any more
         "base_probe": whisper.base_probe(base),
         "window": batching.window_policy(config.context),
     }
@@ -887,7 +887,7 @@ def train(config: Config, stop: Stop) -> Accelerator:
         accelerator, output, done=state["step"], total=total_steps, evaluated=state["evaluated"]
     )
     run = Run(
-        config, accelerator, bare, model, optimizer, eval_wer.collator_for(base), tokenizer,
+        config, accelerator, bare, model, optimizer, predictions.collator_for(base), tokenizer,
         validation, prepared, made, identity, journal, output, state["best"], stop, total_steps,
     )  # fmt: skip
     say(

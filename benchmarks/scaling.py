@@ -22,10 +22,10 @@ import torch
 
 from benchmarks import process
 from common import audio, cli
-from common.dataset import FEATURES, RECIPE_NAME, column, label_lengths, load_prepared
 from common.files import write_json
 from common.labels import MAX_LABELS
-from common.recipe import recipe
+from common.prepared import FEATURES, RECIPE_NAME, column, label_lengths, load_prepared
+from common.provenance import describe_run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -257,7 +257,7 @@ def main(config: Config) -> None:
         found.append({"axis": axis, "value": value} | figures)
         print(json.dumps(found[-1]), flush=True)
     shutil.rmtree(work)
-    write_json(output / "scaling.json", {"points": found} | recipe(config))
+    write_json(output / "scaling.json", {"points": found} | describe_run(config))
     plot(found, output / "scaling.png")
     print(table(found))
 

@@ -21,11 +21,11 @@ import soundfile
 import torch
 from transformers import AutoConfig, WhisperConfig
 
-from benchmarks import flops, process, recipe
+from benchmarks import baseline, flops, process
 from common import batching, cli, metrics
-from common.dataset import column, label_lengths, load_prepared
 from common.files import write_json, write_text
-from common.recipe import recipe as made_with
+from common.prepared import column, label_lengths, load_prepared
+from common.provenance import describe_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDES = ("recipe", "ours")
@@ -90,13 +90,13 @@ def folder_bytes(folder: Path) -> int:
 # ------ the two sides, a stage at a time
 
 
-def recipe_stages(config: Config, work: Path, precision: str, seed: int) -> dict[str, Any]:
+def baseline_stages(config: Config, work: Path, precision: str, seed: int) -> dict[str, Any]:
     """Run the recipe's three stages; figures by stage."""
     found: dict[str, Any] = {}
     for stage in ("prepare", "train", "evaluate"):
         cost = process.run(
             [
-                "-m", "benchmarks.recipe", "--stage", stage, "--source", config.data_dir,
+                "-m", "benchmarks.baseline", "--stage", stage, "--source", config.data_dir,
                 "--model", config.model, "--language", config.language, "--work", str(work),
                 "--max_steps", str(config.max_steps), "--precision", precision,
                 "--learning_rate", str(config.learning_rate), "--seed", str(seed),
@@ -126,7 +126,7 @@ def our_stages(config: Config, work: Path, precision: str, seed: int) -> dict[st
     cost = process.run(
         [
             "preprocess.py", "--source", config.data_dir, "--language", config.language,
-            "--model", config.model, "--output_dir", data, "--num_workers", recipe.NUM_WORKERS,
+            "--model", config.model, "--output_dir", data, "--num_workers", baseline.NUM_WORKERS,
         ],
         work.parent / f"{work.name}_prepare.log",
     )  # fmt: skip
@@ -153,10 +153,10 @@ def our_training(
     commands = {
         "train": [
             "train_lora.py", "--model", config.model, "--data_dir", data, "--output_dir", run,
-            "--global_batch_size", recipe.BATCH_SIZE, "--num_epochs", 1,
+            "--global_batch_size", baseline.BATCH_SIZE, "--num_epochs", 1,
             "--max_steps", config.max_steps, "--precision", precision, "--seed", seed,
             "--learning_rate", config.learning_rate, "--context", config.context,
-            "--eval_every", 10**6, "--save_every", 10**6, "--num_workers", recipe.NUM_WORKERS,
+            "--eval_every", 10**6, "--save_every", 10**6, "--num_workers", baseline.NUM_WORKERS,
             *more,
         ],
     }  # fmt: skip
@@ -174,7 +174,7 @@ def our_training(
         for name, cost in costs.items()
     }
     told = json.loads((run / "train.json").read_text(encoding="utf-8"))
-    found["train"] |= training_speed(run / "metrics.jsonl", recipe.BATCH_SIZE, data)
+    found["train"] |= training_speed(run / "metrics.jsonl", baseline.BATCH_SIZE, data)
     found["train"] |= {name: told[name] for name in ("first_step_seconds", "encoder_cache_seconds")}
     for window in ("natural", "full"):
         told = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
@@ -220,7 +220,7 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
     seconds, lengths = column(train, "seconds"), label_lengths(train) - 1
     needed = sum(batching.positions(float(one)) for one in seconds)
     plan = batching.plan(
-        seconds, global_batch_size=recipe.BATCH_SIZE, seed=seed, epoch=0, context=config.context
+        seconds, global_batch_size=baseline.BATCH_SIZE, seed=seed, epoch=0, context=config.context
     )
     ours = sum(
         flops.lora_step(whisper, batch.context, int(lengths[clip]))
@@ -359,7 +359,7 @@ def main(config: Config) -> None:
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for repeat in range(config.repeats):
         for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
-            stages = recipe_stages if side == "recipe" else our_stages
+            stages = baseline_stages if side == "recipe" else our_stages
             work = output / f"{side}_{repeat}"
             runs[side].append(stages(config, work, precision, seed=config.seed + repeat))
             print(f"repeat {repeat}, {side}: {json.dumps(runs[side][-1])}", flush=True)
@@ -381,7 +381,7 @@ def main(config: Config) -> None:
             "train": float(column(splits["train"], "seconds").mean()),
             "evaluate": float(column(splits["test"], "seconds").mean()),
         },
-    } | made_with(config)
+    } | describe_run(config)
     found = summary(results)
     write_json(output / "versus_recipe.json", results | {"summary": found})
     print(table(found, peaks[precision], precision))

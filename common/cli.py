@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import tyro
@@ -27,6 +27,24 @@ class UserError(ValueError):
 
 class OwnError(UserError):
     """A UserError of one process alone, which that process prints, whichever it is."""
+
+
+def refuse(rules: Iterable[tuple[bool, str]]) -> None:
+    """Raise one UserError with the message of every rule that is broken.
+
+    Args:
+        rules: pairs of whether the rule is broken, and what to say then.
+
+    >>> refuse([(False, "--seed -1: give 0 or more"), (False, "--name is empty: give one")])
+    """
+    messages = [message for is_broken, message in rules if is_broken]
+    if messages:
+        raise UserError("; ".join(messages))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, to be quoted in a UserError; else its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

@@ -1,7 +1,7 @@
 """Memory of a training step and of a decoded batch: measured at its peak, by formula before.
 
 The formula counts what torch keeps from the forward pass for the backward one. It was derived by
-reading and checked on a CPU (tests/test_memory.py) and on a simulated GPU
+reading and checked on a CPU (tests/common/test_memory.py) and on a simulated GPU
 (`python -m benchmarks.simulated_memory`).
 
 Legend: C encoder positions, T label tokens, D width, V vocabulary.

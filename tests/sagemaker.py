@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import machines
 
-ENTRY = launch.ROOT / "docker" / "sagemaker_entry.py"
+ENTRY = launch.ROOT / "jobs" / "entry.py"
 HOSTS = ("algo-1", "algo-2")
 
 

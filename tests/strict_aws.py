@@ -21,7 +21,7 @@ from moto.sagemaker.exceptions import AWSValidationException, SagemakerClientErr
 from moto.sagemaker.responses import SageMakerResponse
 from moto.server import ThreadedMotoServer
 
-from common import job_check
+from jobs import check as job_check
 
 ACCOUNT, REGION, BUCKET, ROLE = "123456789012", "us-east-1", "example-bucket", "whisper-training"
 ROLE_ARN = f"arn:aws:iam::{ACCOUNT}:role/{ROLE}"

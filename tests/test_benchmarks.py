@@ -25,7 +25,7 @@ from benchmarks import (
     versus_recipe,
 )
 from common import audio, cli, whisper
-from common.dataset import column, label_lengths, load_prepared
+from common.prepared import column, label_lengths, load_prepared
 
 BENCHMARKS = {
     "versus_recipe": versus_recipe,

@@ -23,10 +23,10 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 import eval_wer
 import train_lora
 from benchmarks import simulated_memory
-from common import audio, decoding, memory, precision, whisper
+from common import audio, decoding, memory, precision, predictions, whisper
 from common.batching import MicroBatch
 from common.collator import IGNORED, label_positions, load_batches
-from common.dataset import load_prepared
+from common.prepared import load_prepared
 
 GIB = 2**30
 LARGE_NEEDS = 20 * GIB  # of GPU memory; below it whisper-small is tried
@@ -434,7 +434,7 @@ def test_features_are_those_of_the_cpu(device):
 def test_batches_are_in_pinned_memory_where_there_is_a_gpu(device, prepared, base):
     rows = load_prepared(str(prepared))[0]["train"]
     batch = MicroBatch((0, 1), 256, 40)
-    collate = eval_wer.collator_for(base)
+    collate = predictions.collator_for(base)
     (inputs,) = load_batches(rows, [batch], collate, num_workers=0)
     assert inputs["waves"].is_pinned() == torch.cuda.is_available()
     moved = inputs["waves"].to(device, non_blocking=True)

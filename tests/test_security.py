@@ -18,13 +18,14 @@ import pytest
 import soundfile
 import tiny
 import torch
-from training import small_options
+from short_run import small_options
+from test_house import ROOMS
 
 from common import audio, cli, whisper
 
 SOURCES = [
     path
-    for folder in (".", "common", "benchmarks", "demo")
+    for folder in (".", "common", *ROOMS, "benchmarks", "demo")
     for path in sorted((launch.ROOT / folder).glob("*.py"))
 ]
 FORBIDDEN_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import cli, memory
+from common import cli, memory, predictions
 
 FREE = {"train_lora": (100.0, 7.0), "eval_wer": (100.0, 1e-3)}  # GiB by rank, or seconds
 
@@ -20,7 +20,7 @@ def seconds_like_memory(*_given, memory_gib, **_options):
 if __name__ == "__main__":
     script = importlib.import_module(os.environ["SCRIPT"])
     free = FREE[script.__name__][int(os.environ["RANK"])]
-    script.device_memory_gib = lambda *_given: free
+    script.device_memory_gib = predictions.device_memory_gib = lambda *_given: free
     script.held_gib = lambda _device: 0.0
     script.plan_memory = seconds_like_memory
     cli.run(script.main, script.Config)

@@ -1,0 +1,40 @@
+"""What a result was made with: options, library versions and git commit, to lie beside it."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def describe_run(config: Any) -> dict[str, Any]:
+    """Describe a run: `config` is the script's dataclass of options."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {
+        "config": asdict(config),
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": git_commit(),
+    }
+
+
+def git_commit() -> str:
+    """The commit of the scripts, with `+` when they were changed since.
+
+    Outside of a git checkout it is GIT_COMMIT, which docker/Dockerfile sets, or empty.
+    """
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = commit and git("status", "--porcelain", "-uno")
+    except FileNotFoundError:  # no git on this machine
+        commit = changed = ""
+    return commit + "+" if changed else commit or os.environ.get("GIT_COMMIT", "")

@@ -1,0 +1,414 @@
+"""Options of a SageMaker job -> the request that starts it: pure functions, without network, clock
+or credentials.
+
+The container reads what is set here in jobs/entry.py.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from common.cli import UserError
+from jobs.instances import has_local_disk, num_gpus
+
+SPOT_SAVE_MINUTES = 10  # between checkpoints of a spot job, if nothing else is asked for
+WAIT_FACTOR = 2  # a spot job may wait for instances as long as it may run
+CHECKPOINT_DIR = "/opt/ml/checkpoints"  # SageMaker copies it to S3 while the job runs, and back
+PROCESSING_DIR = "/opt/ml/processing"
+NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"  # as train_lora.py writes it: 0.42, 1e-05
+METRICS = {  # name in SageMaker -> name in a log line
+    "train:loss": "loss",
+    "train:learning_rate": "learning_rate",
+    "train:grad_norm": "grad_norm",
+    "train:clips_per_second": "clips_per_second",
+    "train:audio_seconds_per_second": "audio_seconds_per_second",
+    "validation:loss": "eval_loss",
+    "validation:wer_raw": "wer_raw",
+    "validation:cer_raw": "cer_raw",
+    "validation:wer_keep_marks": "wer_keep_marks",
+    "validation:cer_keep_marks": "cer_keep_marks",
+}
+SYSTEMS = ("base", "adapter")  # that eval_wer.py scores
+RATES = ("wer_raw", "cer_raw", "wer_keep_marks", "cer_keep_marks")
+
+
+# ------ options
+
+
+@dataclass
+class Job:
+    """What every job has."""
+
+    role: str = ""  # execution role: its ARN, or its name, which IAM is then asked for
+    image_uri: str = ""  # the image that docker/build_and_push.sh pushed
+    output_s3: str = ""  # s3://BUCKET/PREFIX; results go to PREFIX/JOB
+    region: str = ""  # empty: the one of --image_uri
+    name: str = "whisper"  # the job's name begins with it; date and time follow
+    instance_type: str = "ml.g5.2xlarge"  # of every node
+    instance_count: int = 1  # nodes
+    volume_gb: int = 200  # disk of a node; an instance type with its own disk ignores it
+    max_run_seconds: int = 86400  # the job is stopped after so many
+    environment: str = ""  # variables for the container: NAME=VALUE,NAME=VALUE; no secrets
+    hf_token_from: str = ""  # secretsmanager:NAME or ssm:NAME, read inside the container
+    tags: str = ""  # NAME=VALUE,NAME=VALUE
+    subnets: str = ""  # of a VPC: subnet-1,subnet-2
+    security_groups: str = ""  # of that VPC: sg-1,sg-2
+    kms_key: str = ""  # key for results, and for the disk where SageMaker allows it
+    encrypt_traffic: bool = False  # between the nodes; slower
+    network_isolation: bool = False  # no network in the container; needs --model_s3
+    request: str = ""  # JSON that is merged into the request, for what has no option here
+    wait: bool = False  # follow the job to its end; exit code 1 unless it has finished
+    dry_run: bool = False  # print the request and what it may cost; nothing is sent
+
+
+@dataclass
+class TrainingJob(Job):
+    """What jobs on GPUs have: training and evaluation."""
+
+    model_s3: str = ""  # folder of the base, or a job's model.tar.gz; empty: the Hub
+    input_mode: Literal["File", "FastFile"] = "File"  # FastFile streams the data from S3
+    stage_to_local: bool = False  # copy the data to the node's disk first; for FastFile
+    accelerate_config: str = "auto"  # a file of accelerate_configs, without .yaml
+    processes_per_host: int = 0  # 0: one a GPU
+    spot: bool = False  # cheaper instances that may be taken away; saves every 10 minutes
+    max_wait_seconds: int = 0  # with --spot, run and waiting together; 0: twice --max_run_seconds
+    keep_alive_seconds: int = 0  # instances kept for a next job, and billed, however it ends
+    max_retries: int = 0  # SageMaker starts again after a failure of its own
+    remote_debug: bool = False  # allow a shell in the container through AWS Systems Manager
+
+
+@dataclass
+class Train(TrainingJob):
+    """Train on SageMaker; --train.KEY VALUE for every option of train_lora.py."""
+
+    train_s3: str = ""  # what preprocess.py wrote
+    checkpoint_s3: str = ""  # another job's, to go on from; empty: OUTPUT_S3/JOB/checkpoints
+    tensorboard_s3: str = ""  # for SageMaker's TensorBoard; the records lie in the checkpoints too
+    sweep: str = ""  # a job each: "train.learning_rate=1e-3,5e-4;train.lora_rank=16,32"
+
+
+@dataclass
+class Eval(TrainingJob):
+    """Score on SageMaker; --eval.KEY VALUE for every option of eval_wer.py."""
+
+    test_s3: str = ""  # what preprocess.py wrote
+    adapter_job: str = ""  # training job whose adapter is scored; its --output_s3 is this one
+    adapter_s3: str = ""  # or the adapter's folder, or a model.tar.gz
+
+
+@dataclass
+class Prepare(Job):
+    """Prepare on SageMaker; --prepare.KEY VALUE for every option of preprocess.py."""
+
+    instance_type: str = "ml.m5.4xlarge"  # of every node; needs no GPU
+    source_s3: str = ""  # folder with clips and their table
+    source_file: str = ""  # manifest in it; empty: the folder itself is the source
+
+
+# ------ what options mean
+
+
+def pairs(text: str, option: str) -> dict[str, str]:
+    """`NAME=VALUE,NAME=VALUE` as a dictionary."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or not name:
+            raise UserError(f"{option} {text}: {part!r} is not NAME=VALUE: write NAME=VALUE,...")
+        if name in found:
+            raise UserError(f"{option} {text}: {name} stands there twice: keep one")
+        found[name] = value
+    return found
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def region_of(job: Job) -> str:
+    """The region asked for, or that of the image: SageMaker wants both the same."""
+    named = re.fullmatch(r"\d{12}\.dkr\.ecr\.([\w-]+)\.amazonaws\.com(\.cn)?/.*", job.image_uri)
+    return job.region or (named[1] if named else "")
+
+
+def processes(job: TrainingJob) -> int | None:
+    """Processes of the whole job; `None` for an instance type whose GPUs are not known."""
+    gpus = num_gpus(job.instance_type)
+    per_host = job.processes_per_host or (None if gpus is None else max(gpus, 1))
+    return None if per_host is None else per_host * job.instance_count
+
+
+def max_wait(job: TrainingJob) -> int:
+    """Seconds that a spot job may take, with waiting for instances."""
+    return job.max_wait_seconds or WAIT_FACTOR * job.max_run_seconds
+
+
+def spelled(value: Any) -> str:
+    """An option's value as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def changed(options: Any) -> dict[str, str]:
+    """Options of a script that are not as its dataclass has them by default."""
+    default = type(options)()
+    return {
+        field.name: spelled(value)
+        for field in dataclasses.fields(options)
+        if (value := getattr(options, field.name)) != getattr(default, field.name)
+    }
+
+
+def sweep(text: str, prefix: str) -> list[dict[str, str]]:
+    """Every combination of `train.KEY=A,B;train.KEY=C,D`; one empty one for an empty text.
+
+    >>> sweep("train.lora_rank=8,16;train.seed=1", "train")
+    [{'lora_rank': '8', 'seed': '1'}, {'lora_rank': '16', 'seed': '1'}]
+    """
+    choices = []
+    for part in filter(None, text.split(";")):
+        name, equals, values = part.strip().partition("=")
+        if not name.startswith(f"{prefix}.") or not equals or not all(values.split(",")):
+            raise UserError(
+                f"--sweep {text}: {part!r} is not {prefix}.KEY=VALUE,VALUE: write "
+                f'"{prefix}.KEY=A,B;{prefix}.KEY=C,D"'
+            )
+        choices.append([(name[len(prefix) + 1 :], value) for value in values.split(",")])
+    keys = [options[0][0] for options in choices]
+    if len(keys) != len(set(keys)):
+        raise UserError(f"--sweep {text}: an option stands there twice: keep one")
+    return [dict(combination) for combination in itertools.product(*choices)]
+
+
+def metric_definitions(job: TrainingJob) -> list[dict[str, str]]:
+    """What SageMaker is to read out of the log: lines of train_lora.py, or of eval_wer.py."""
+    if isinstance(job, Eval):
+        return [
+            {"Name": f"{system}:{rate}", "Regex": rf"{system}: .*\b{rate}={NUMBER}"}
+            for system in SYSTEMS
+            for rate in RATES
+        ]
+    return [{"Name": name, "Regex": rf"step=.*\b{key}={NUMBER}"} for name, key in METRICS.items()]
+
+
+# ------ requests
+
+
+def parse_request(text: str) -> dict[str, Any]:
+    """What `--request` adds."""
+    try:
+        added = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"--request {text}: is not JSON ({error}): write '{{...}}'") from error
+    if not isinstance(added, dict):
+        raise UserError(f"--request {text}: is no JSON object: write '{{\"MEMBER\": ...}}'")
+    return added
+
+
+def merged(request: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    """JSON Merge Patch (RFC 7386): objects are merged, null removes, all else replaces.
+
+    >>> merged({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": None, "e": 3}, "d": [2]})
+    {'a': {'c': 2, 'e': 3}, 'd': [2]}
+    """
+    result = dict(request)
+    for key, value in added.items():
+        if isinstance(value, dict):
+            before = result.get(key)
+            result[key] = merged(before if isinstance(before, dict) else {}, value)
+        elif value is None:
+            result.pop(key, None)
+        else:
+            result[key] = value
+    return result
+
+
+def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
+    """The CreateTrainingJob request.
+
+    Args:
+        options: of train_lora.py or eval_wer.py; those that differ from their default are sent.
+        name: of the job.
+    """
+    script = "train_lora.py" if isinstance(job, Train) else "eval_wer.py"
+    environment = _environment(job) | {"LAUNCH_SCRIPT": script}
+    if job.accelerate_config != "auto":
+        environment["LAUNCH_CONFIG"] = job.accelerate_config
+    if job.processes_per_host:
+        environment["LAUNCH_PROCESSES_PER_HOST"] = str(job.processes_per_host)
+    if job.stage_to_local:
+        environment["LAUNCH_STAGE"] = "true"
+    if job.spot:
+        environment["LAUNCH_SPOT"] = "true"
+    resources = {
+        "InstanceType": job.instance_type,
+        "InstanceCount": job.instance_count,
+        "VolumeSizeInGB": job.volume_gb,
+    }
+    if job.keep_alive_seconds:
+        resources["KeepAlivePeriodInSeconds"] = job.keep_alive_seconds
+    if job.kms_key and not has_local_disk(job.instance_type):
+        resources["VolumeKmsKeyId"] = job.kms_key
+    stopping = {"MaxRuntimeInSeconds": job.max_run_seconds}
+    if job.spot:
+        stopping["MaxWaitTimeInSeconds"] = max_wait(job)
+    request = {
+        "TrainingJobName": name,
+        "RoleArn": job.role,
+        "AlgorithmSpecification": {
+            "TrainingImage": job.image_uri,
+            "TrainingInputMode": job.input_mode,
+            "MetricDefinitions": metric_definitions(job),
+            "EnableSageMakerMetricsTimeSeries": True,
+        },
+        "HyperParameters": _hyperparameters(job, options),
+        "InputDataConfig": [
+            _channel(channel, uri, job.input_mode if channel in ("train", "test") else "File")
+            for channel, uri in channels(job).items()
+        ],
+        "OutputDataConfig": {"S3OutputPath": job.output_s3} | _key(job, "KmsKeyId"),
+        "ResourceConfig": resources,
+        "StoppingCondition": stopping,
+        "EnableManagedSpotTraining": job.spot,
+        "EnableNetworkIsolation": job.network_isolation,
+        "EnableInterContainerTrafficEncryption": job.encrypt_traffic,
+        "Environment": environment,
+        "Tags": _tags(job),
+        "ProfilerConfig": {"DisableProfiler": True},
+    }
+    if isinstance(job, Train):
+        checkpoint_s3 = job.checkpoint_s3 or f"{job.output_s3.rstrip('/')}/{name}/checkpoints"
+        request["CheckpointConfig"] = {
+            "S3Uri": _folder(checkpoint_s3),
+            "LocalPath": CHECKPOINT_DIR,
+        }
+        if job.tensorboard_s3:
+            request["TensorBoardOutputConfig"] = {
+                "LocalPath": f"{CHECKPOINT_DIR}/tensorboard",
+                "S3OutputPath": job.tensorboard_s3,
+            }
+    if job.subnets:
+        request["VpcConfig"] = _vpc(job)
+    if job.max_retries:
+        request["RetryStrategy"] = {"MaximumRetryAttempts": job.max_retries}
+    if job.remote_debug:
+        request["RemoteDebugConfig"] = {"EnableRemoteDebug": True}
+    return request
+
+
+def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str, Any]:
+    """The CreateProcessingJob request; the nodes write the prepared data to OUTPUT_S3/JOB."""
+    source = f"{PROCESSING_DIR}/input/source"
+    arguments = {
+        "source": f"{source}/{job.source_file}" if job.source_file else source,
+        "s3_uri": prepared_s3(job, name),
+    } | changed(options)
+    cluster = {
+        "InstanceType": job.instance_type,
+        "InstanceCount": job.instance_count,
+        "VolumeSizeInGB": job.volume_gb,
+    }
+    if job.kms_key and not has_local_disk(job.instance_type):
+        cluster["VolumeKmsKeyId"] = job.kms_key
+    network = {
+        "EnableInterContainerTrafficEncryption": job.encrypt_traffic,
+        "EnableNetworkIsolation": job.network_isolation,
+    }
+    if job.subnets:
+        network["VpcConfig"] = _vpc(job)
+    return {
+        "ProcessingJobName": name,
+        "RoleArn": job.role,
+        "AppSpecification": {
+            "ImageUri": job.image_uri,
+            "ContainerArguments": [
+                "prepare",
+                *(word for key, value in arguments.items() for word in (f"--{key}", value)),
+            ],
+        },
+        "ProcessingInputs": [
+            {
+                "InputName": "source",
+                "S3Input": {
+                    "S3Uri": _folder(job.source_s3),
+                    "LocalPath": source,
+                    "S3DataType": "S3Prefix",
+                    "S3InputMode": "File",
+                    "S3DataDistributionType": "FullyReplicated",
+                },
+            }
+        ],
+        "ProcessingResources": {"ClusterConfig": cluster},
+        "StoppingCondition": {"MaxRuntimeInSeconds": job.max_run_seconds},
+        "NetworkConfig": network,
+        "Environment": _environment(job),
+        "Tags": _tags(job),
+    }
+
+
+def _hyperparameters(job: Train | Eval, options: Any) -> dict[str, str]:
+    """Changed options; a spot job also saves by the clock, which is what it loses at most."""
+    saves = isinstance(job, Train) and job.spot
+    return ({"save_every_minutes": str(SPOT_SAVE_MINUTES)} if saves else {}) | changed(options)
+
+
+def prepared_s3(job: Prepare, name: str) -> str:
+    """Where a processing job puts the prepared data."""
+    return f"{job.output_s3.rstrip('/')}/{name}"
+
+
+def channels(job: Train | Eval) -> dict[str, str]:
+    """Input channels by name, and the place in S3 that each is filled from."""
+    if isinstance(job, Train):
+        given = {"train": job.train_s3}
+    else:
+        adapter = job.adapter_s3
+        if job.adapter_job:
+            adapter = f"{job.output_s3.rstrip('/')}/{job.adapter_job}/output/model.tar.gz"
+        given = {"test": job.test_s3, "adapter": adapter}
+    return {name: uri for name, uri in (given | {"model": job.model_s3}).items() if uri}
+
+
+def _folder(s3_uri: str) -> str:
+    """A prefix that ends in a slash, or `s3://b/prepared` would bring `s3://b/prepared-old` too."""
+    return s3_uri if s3_uri.endswith(".tar.gz") else f"{s3_uri.rstrip('/')}/"
+
+
+def _channel(name: str, s3_uri: str, input_mode: str) -> dict[str, Any]:
+    """A channel that every node gets whole: train_lora.py shares the clips out itself."""
+    source = {
+        "S3DataType": "S3Prefix",
+        "S3Uri": _folder(s3_uri),
+        "S3DataDistributionType": "FullyReplicated",
+    }
+    return {
+        "ChannelName": name,
+        "InputMode": input_mode,
+        "DataSource": {"S3DataSource": source},
+    }
+
+
+def _environment(job: Job) -> dict[str, str]:
+    token = {"HF_TOKEN_FROM": job.hf_token_from} if job.hf_token_from else {}
+    return pairs(job.environment, "--environment") | token
+
+
+def _tags(job: Job) -> list[dict[str, str]]:
+    return [{"Key": key, "Value": value} for key, value in pairs(job.tags, "--tags").items()]
+
+
+def _vpc(job: Job) -> dict[str, list[str]]:
+    return {"Subnets": words(job.subnets), "SecurityGroupIds": words(job.security_groups)}
+
+
+def _key(job: Job, member: str) -> dict[str, str]:
+    return {member: job.kms_key} if job.kms_key else {}
+
+
+def ceiling_hours(job: Job) -> float:
+    """Instance hours that a job can be billed for at most, those of kept instances included."""
+    warm = job.keep_alive_seconds if isinstance(job, TrainingJob) else 0
+    return math.fsum((job.max_run_seconds, warm)) / 3600 * job.instance_count

@@ -1,0 +1,223 @@
+"""Tables of any dialect as one stream of records: csv with any separator, tsv, JSON of four shapes.
+
+A record is a dict of column names, without case, spaces and signs (`column_name`), to values. A row
+that cannot be read is the record `{"": why}`, so that it is counted.
+"""
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from common.cli import UserError
+from prepare.columns import PATH_COLUMNS, TEXT_COLUMNS, column_name, is_known
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+SEPARATORS = ",;\t|"
+SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n?")  # Excel's first line
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+OVER_LINES = "a cell runs over several lines: an unbalanced quote?"
+
+Record = dict[str, Any]
+
+
+def records(path: Path, *, quotes_are_text: bool = False) -> Iterator[Record]:
+    """Yield each row of a table.
+
+    Args:
+        quotes_are_text: a quote in a tsv is one, as in Common Voice.
+
+    Raises:
+        UserError: not UTF-8, a column that lacks, or JSON that is no table.
+    """
+    with path.open("rb") as file:
+        head = file.read(1024)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+        raise UserError(f"--source: {path} is UTF-16: save it as UTF-8")
+    # Bytes that are not UTF-8 become lone surrogates, which `sources` finds and reports.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if "json" in path.suffix.lower():
+            yield from _json_records(file, path)
+        else:
+            rows = _separated_records(file, path, quotes_are_text)
+            is_tsv = path.suffix.lower() == ".tsv" and not quotes_are_text
+            yield from _without_halves(rows) if is_tsv else rows
+
+
+# ------ csv and tsv
+
+
+def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Iterator[Record]:
+    """Rows of cells between separators.
+
+    A tsv is read line by line, because an unbalanced quote in it is text, and a quote that would
+    swallow the lines behind it. Cells that csv writers have quoted are unquoted.
+    """
+    first = file.readline()
+    named = SEPARATOR_LINE.fullmatch(first)
+    if named:
+        first = file.readline()
+    separator = named[1] if named else _separator(first, path)
+    is_tsv = separator == "\t" and path.suffix.lower() == ".tsv"
+    cells_of = csv.reader([first], delimiter=separator)
+    given = [cell.strip() for cell in next(cells_of, [])]
+    header = [column_name(name) for name in given]
+    _check_header(header, given, path)
+    if is_tsv:
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(file, delimiter=separator)
+    is_common_voice = {"clientid", "sentence"} <= set(header)  # given by itself, or a part of it
+    rows = iter(reader)
+    while True:
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield {"": str(error)}
+            continue
+        if not cells:
+            continue
+        if is_tsv and not quotes_are_text:
+            cells = [_unquoted(cell, only_doubled=is_common_voice) for cell in cells]
+        if len(cells) != len(header):
+            yield {"": f"{len(cells)} cells under {len(header)} columns"}
+        elif any("\n" in cell for cell in cells):
+            yield {"": OVER_LINES}
+        else:
+            yield dict(zip(header, cells, strict=True))
+
+
+def _without_halves(rows: Iterator[Record]) -> Iterator[Record]:
+    """The rows of a tsv, but for the first line of a quoted cell that runs over several lines."""
+    before = next(rows, None)
+    while before is not None:
+        row = next(rows, None)
+        is_open = any(str(cell).startswith('"') for cell in before.values())
+        is_half = is_open and row is not None and row.keys() == {""} != before.keys()
+        yield {"": OVER_LINES} if is_half else before
+        before = row
+
+
+def _separator(header: str, path: Path) -> str:
+    """The separator that gives the header an audio path and a text, else the suffix's."""
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    for separator in (usual, *SEPARATORS):
+        names = {column_name(name) for name in next(csv.reader([header], delimiter=separator), [])}
+        if names & set(PATH_COLUMNS) and names & set(TEXT_COLUMNS):
+            return separator
+    return usual
+
+
+def _check_header(header: list[str], given: list[str], path: Path) -> None:
+    """An error where a column lacks that is needed, or two have the same name."""
+    for role, known in (("an audio path", PATH_COLUMNS), ("a text", TEXT_COLUMNS)):
+        if not set(header) & set(known):
+            raise UserError(
+                f"--source: {path} lacks {role} column (one of {', '.join(known)}); "
+                f"its columns are {', '.join(given) or 'none'}: rename one, or write a first line "
+                "that names the columns"
+            )
+    twice = sorted({name for name in header if header.count(name) > 1 and is_known(name)})
+    if twice:
+        raise UserError(f"--source: {path} has two columns {', '.join(twice)}: rename one")
+
+
+def _unquoted(cell: str, *, only_doubled: bool) -> str:
+    """A cell as csv writers mean it: a pair of quotes around it goes, two inside are one.
+
+    Args:
+        only_doubled: leave a cell alone that no writer had to quote; its quotes may be text.
+
+    >>> _unquoted('"She said ""come"" to me"', only_doubled=False)
+    'She said "come" to me'
+    """
+    if not QUOTED.fullmatch(cell) or (only_doubled and '""' not in cell[1:-1]):
+        return cell
+    return cell[1:-1].replace('""', '"')
+
+
+# ------ JSON
+
+
+def _json_records(file: TextIO, path: Path) -> Iterator[Record]:
+    """An object a line; or one text: a list of objects, an object of lists, or a single object."""
+    lines = (line for line in file if line.strip())
+    first = next(lines, "")
+    second = next(lines, "")
+    value = _loaded(first)
+    if second and value is not None:
+        yield from map(_line, itertools.chain([first, second], lines))
+        return
+    content = first + second + file.read()
+    value = _loaded(content)
+    if value is not None:
+        yield from map(_record, _rows(value, path))
+    elif any(map(_loaded, content.splitlines())):
+        yield from map(_line, content.splitlines())
+    elif content:
+        raise UserError(f"--source: {path} is not JSON ({_why_not(content)}): write it again")
+
+
+def _loaded(content: str) -> Any:
+    """The value that JSON text tells, `None` where it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _why_not(content: str) -> str:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return "it is null"
+
+
+def _line(line: str) -> Record:
+    value = _loaded(line)
+    return {"": f"not JSON: {_why_not(line)}"} if value is None else _record(value)
+
+
+def _record(value: Any) -> Record:
+    """An object with `column_name`s. What an audio object says (`path`, `start`) joins the rest."""
+    if not isinstance(value, dict):
+        return {"": "not a JSON object"}
+    record = {column_name(str(name)): cell for name, cell in value.items()}
+    for name in PATH_COLUMNS:
+        if isinstance(record.get(name), dict):
+            audio = {column_name(str(key)): cell for key, cell in record[name].items()}
+            record[name] = audio.pop("path", None)
+            record = {**audio, **record}
+    return record
+
+
+def _rows(value: Any, path: Path) -> list[Any]:
+    """The rows of a list, of an object of columns (lists, or objects as pandas writes), or one."""
+    if isinstance(value, list):
+        return value
+    columns = value if isinstance(value, dict) else {}
+    given = {column_name(str(name)): cell for name, cell in columns.items()}
+    if not given.keys() & set(PATH_COLUMNS) or not given.keys() & set(TEXT_COLUMNS):
+        raise UserError(
+            f"--source: {path} is one JSON text without columns of paths and texts (it has "
+            f"{', '.join(columns) or 'none'}): write an object a line, or a list of objects"
+        )
+    text = next(given[name] for name in TEXT_COLUMNS if name in given)
+    audio = next(given[name] for name in PATH_COLUMNS if name in given)
+    if not isinstance(text, list | dict) or type(audio) is not type(text):
+        return [value]
+    if isinstance(text, dict):
+        columns = {
+            name: list(cell.values()) if isinstance(cell, dict) else cell
+            for name, cell in columns.items()
+        }
+    if len({len(cell) if isinstance(cell, list) else -1 for cell in columns.values()}) > 1:
+        raise UserError(f"--source: {path} has columns of different lengths: write it again")
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]

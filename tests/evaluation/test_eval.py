@@ -1,0 +1,278 @@
+"""Evaluation: one corpus score whatever the number of processes, and reports that hide nothing."""
+
+import json
+import shutil
+
+import launch
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+
+import eval_wer
+import train_lora
+from common import cli, predictions, whisper
+from common.prepared import load_prepared
+from evaluation import report
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, prepared, tmp_path_factory):
+    """An adapter trained far enough to change what the random base says."""
+    run = tmp_path_factory.mktemp("run")
+    config = train_lora.Config(
+        model=str(checkpoint), data_dir=str(prepared), output_dir=str(run), max_steps=30,
+        global_batch_size=7, learning_rate=2e-2, lora_targets="q_proj,v_proj,fc1,fc2",
+        lora_rank=8, eval_every=1000, num_workers=0,
+    )  # fmt: skip
+    train_lora.main(config)
+    return run / "adapter"
+
+
+@pytest.fixture(scope="module")
+def ending(checkpoint, tmp_path_factory):
+    """Options of a base that ends some clips by itself at its natural window, and others not."""
+    folder = tmp_path_factory.mktemp("ending")
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    model = whisper.load_base(str(checkpoint), dtype=torch.float32)
+    torch.manual_seed(6)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.05)
+    model.generation_config.begin_suppress_tokens = [tiny.END]
+    model.save_pretrained(folder)
+    return {"model": str(folder), "adapter": "", "compare_base": False, "context": "natural"}
+
+
+@pytest.fixture
+def options(checkpoint, prepared, adapter, tmp_path):
+    return {
+        "model": str(checkpoint),
+        "adapter": str(adapter),
+        "data_dir": str(prepared),
+        "compare_base": True,
+        "output_dir": str(tmp_path / "wer"),
+        "num_workers": 0,
+    }
+
+
+def evaluate(options):
+    eval_wer.main(eval_wer.Config(**options))
+    return json.loads(read(options, "wer.json"))
+
+
+def read(options, name):
+    return launch.Path(options["output_dir"], name).read_text(encoding="utf-8")
+
+
+def scores(result):
+    """Everything but what the machine decides, and the recipe."""
+    clocks = ("wall_seconds", "real_time_factor", "peak_memory_gib", "batch_seconds")
+    return {
+        name: {key: value for key, value in result[name].items() if key not in clocks}
+        for name in ("base", "adapter")
+        if name in result
+    }
+
+
+def test_base_and_adapter_are_scored_on_the_same_clips(options, prepared):
+    result = evaluate(options)
+    references = load_prepared(str(prepared))[0]["test"]
+    words = sum(len(text.split()) for text in references["text"])
+    for name in ("base", "adapter"):
+        assert result[name]["clips"] == len(references)
+        assert set(result[name]["normalisers"]) == {"raw", "keep_marks", "whisper_basic"}
+        assert result[name]["normalisers"]["raw"]["words"]["reference_length"] == words
+        assert result[name]["real_time_factor"] > 0
+        assert len(result[name]["worst"]) == len(references)
+    base, tuned = (result[name]["normalisers"]["raw"]["cer"] for name in ("base", "adapter"))
+    assert base != tuned
+    assert result["recipe"]["config"]["model"] == options["model"]
+
+
+def texts(options, name):
+    rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
+    return [row[name] for row in rows]
+
+
+def test_each_model_is_decoded_at_the_window_it_was_trained_for(options):
+    result = evaluate(options)
+    assert (result["base"]["window"], result["adapter"]["window"]) == ("full", "natural")
+    own = {name: texts(options, name) for name in ("base", "adapter")}
+    found = {}
+    for context in ("natural", "full"):
+        evaluate(options | {"context": context})
+        found[context] = {name: texts(options, name) for name in own}
+    assert own == {"base": found["full"]["base"], "adapter": found["natural"]["adapter"]}
+
+
+def test_a_clip_that_loops_or_is_cut_off_at_its_window_is_decoded_once_more_at_30_seconds(
+    options, ending, monkeypatch
+):
+    passes, once = [], predictions._transcribe_once
+
+    def remember(model, tokenizer, dataset, batches, **options):
+        found = once(model, tokenizer, dataset, batches, **options)
+        passes.append((batches, dict(found)))
+        return found
+
+    monkeypatch.setattr(predictions, "_transcribe_once", remember)
+    result = evaluate(options | ending)["base"]
+    (_, first), (batches, second) = passes
+    assert {window for batch in batches for window in batch.windows} == {1500}
+    failed = {clip for clip, (_, fails) in first.items() if fails}
+    cut = {clip for clip, (prediction, _) in first.items() if prediction.hit_cap}
+    assert set(second) == failed >= cut > set()
+    assert result["clips_decoded_again"] == len(failed) < len(first)
+    said = [(second if clip in failed else first)[clip][0].text for clip in range(len(first))]
+    assert texts(options, "base") == said
+    evaluate(options | ending | {"context": "full"})
+    wide = texts(options, "base")
+    assert [said[clip] for clip in failed] == [wide[clip] for clip in failed]
+
+
+def test_chinese_is_scored_by_letter_where_it_was_transcribed_and_not_where_translated():
+    rows = {"id": ["a", "b"], "language": ["zh", "zh"], "text": ["我们去公园吧", "we go out"]}
+    clips = Dataset.from_dict(rows)
+    said = {"a": predictions.Prediction("a", "我们 去花园吧。", False)}
+    said["b"] = predictions.Prediction("b", "we go", False)
+    found = predictions.score(clips.select([0]), said, None, task="transcribe")["normalisers"]
+    assert {name: rates["unit"] for name, rates in found.items()} == {
+        "raw": "word", "keep_marks": "letter", "whisper_basic": "letter"
+    }  # fmt: skip
+    assert found["keep_marks"]["wer"] == 100 / 6
+    worst = report.worst_clips(clips.select([0]), said, "transcribe")[0]
+    assert (worst["word_errors"], worst["reference_words"]) == (1, 6)
+    extra = {"window": "full", "clips_at_cap": 0, "clips_decoded_again": 0}
+    extra |= {"real_time_factor": 0.0, "peak_memory_gib": 0.0}
+    shown = report.table({"base": {"normalisers": found} | extra})
+    assert "counted by word, but keep_marks by letter, whisper_basic by letter" in shown
+    found = predictions.score(clips.select([1]), said, None, task="translate")["normalisers"]
+    assert {rates["unit"] for rates in found.values()} == {"word"}
+    assert found["whisper_english"]["words"]["reference_length"] == 3
+
+
+def test_predictions_hold_every_clip_and_both_texts(options, prepared):
+    evaluate(options)
+    rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
+    test = load_prepared(str(prepared))[0]["test"]
+    assert [row["id"] for row in rows] == test["id"]
+    assert [row["text"] for row in rows] == test["text"]
+    assert all({"base", "adapter", "base_hit_cap", "adapter_hit_cap"} <= set(row) for row in rows)
+
+
+@pytest.mark.parametrize("context", ["auto", "natural", "full"])
+def test_the_score_is_bit_equal_for_any_batch_size(options, context):
+    large = scores(evaluate(options | {"context": context}))
+    small = scores(evaluate(options | {"context": context, "batch_seconds": 1.0}))
+    assert small == large
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_clips_decoded_again_are_bit_equal_for_any_batch_size(options, ending, num_beams):
+    natural = options | ending | {"num_beams": num_beams}
+    large = scores(evaluate(natural))
+    assert 0 < large["base"]["clips_decoded_again"] < large["base"]["clips"]
+    assert scores(evaluate(natural | {"batch_seconds": 1.0})) == large
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu", "deepspeed_zero3", "fsdp2"])
+def test_the_score_is_bit_equal_for_two_processes_under_any_engine(options, tmp_path, config):
+    one = scores(evaluate(options))
+    two = options | {"output_dir": str(tmp_path / "two")}
+    done = launch.run("eval_wer.py", two, processes=2, config=config)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert scores(json.loads(read(two, "wer.json"))) == one
+
+
+@pytest.mark.slow
+def test_clips_decoded_again_are_bit_equal_for_two_processes(options, ending, tmp_path):
+    one = scores(evaluate(options | ending))
+    two = options | ending | {"output_dir": str(tmp_path / "two")}
+    done = launch.run("eval_wer.py", two, processes=2, config="cpu")
+    assert done.returncode == 0, done.stderr
+    assert scores(json.loads(read(two, "wer.json"))) == one
+    assert 0 < one["base"]["clips_decoded_again"] < one["base"]["clips"]
+
+
+def test_beams_give_a_score_that_does_not_depend_on_the_batch_either(options):
+    beams = options | {"num_beams": 3}
+    assert scores(evaluate(beams)) == scores(evaluate(beams | {"batch_seconds": 1.0}))
+
+
+def test_clips_that_hit_their_cap_are_counted(options, prepared):
+    result = evaluate(options)
+    rate = json.loads((prepared / "preprocess.json").read_text())["tokens_per_second"]["p999"]
+    assert predictions.token_cap(2.0, rate) == int(-(-2.0 * rate * 1.25 // 1)) + 16
+    assert predictions.token_cap(30.0, 100.0) == 444, (
+        "the decoder has 448 positions, 4 are the prompt"
+    )
+    rows = read(options, "predictions.jsonl").splitlines()
+    hits = sum(json.loads(row)["base_hit_cap"] for row in rows)
+    assert result["base"]["clips_at_cap"] == hits > 0, "a random model loops"
+
+
+def test_merging_is_done_in_float32_before_the_weights_are_converted(checkpoint, adapter):
+    device = torch.device("cpu")
+    wide = predictions.load_for_decoding(
+        str(checkpoint), str(adapter), dtype=torch.float32, device=device
+    )
+    narrow = predictions.load_for_decoding(
+        str(checkpoint), str(adapter), dtype=torch.bfloat16, device=device
+    )
+    for name, weight in wide.state_dict().items():
+        assert torch.equal(weight.bfloat16(), narrow.state_dict()[name]), name
+
+
+def test_a_full_checkpoint_is_scored_without_adapter(options):
+    result = evaluate(options | {"adapter": "", "compare_base": False})
+    assert set(result) == {"base", "recipe"}
+
+
+def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_path):
+    old = launch.Path(shutil.copytree(options["model"], tmp_path / "old"))
+    generation = json.loads((old / "generation_config.json").read_text())
+    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual"):
+        del generation[name]
+    generation["forced_decoder_ids"] = [[1, tiny.START + 1], [2, tiny.START + 101]]
+    (old / "generation_config.json").write_text(json.dumps(generation))
+    expected = evaluate(options | {"adapter": "", "compare_base": False})["base"]["normalisers"]
+    got = evaluate(options | {"model": str(old), "adapter": "", "compare_base": False})
+    assert got["base"]["normalisers"] == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"adapter": "nowhere"}, "--adapter nowhere: no such folder"),
+        ({"data_dir": "nowhere"}, "--data_dir nowhere"),
+        ({"split": "dev"}, "--split dev: "),
+        ({"adapter": ""}, "--compare_base true needs an adapter"),
+        ({"batch_seconds": -1.0}, "--batch_seconds -1.0: give a positive number, or 0"),
+    ],
+)
+def test_each_mistake_names_option_value_and_remedy(options, wrong, message):
+    with pytest.raises(cli.UserError) as error:
+        evaluate(options | wrong)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not launch.Path(options["output_dir"]).exists()
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(options, tmp_path):
+    copy = launch.Path(shutil.copytree(options["adapter"], tmp_path / "other"))
+    made = json.loads((copy / "recipe.json").read_text())
+    made["base_probe"] = [value + 0.5 for value in made["base_probe"]]
+    (copy / "recipe.json").write_text(json.dumps(made))
+    with pytest.raises(cli.UserError, match=r"--adapter .* whose weights are not those of --model"):
+        evaluate(options | {"adapter": str(copy)})
+
+
+def test_a_recipe_of_another_program_is_no_record_and_a_damaged_one_is_refused(tmp_path):
+    assert eval_wer.read_record(str(tmp_path), "--adapter") is None
+    for content in ("[1]", '{"steps": 3}'):
+        (tmp_path / "recipe.json").write_text(content)
+        assert eval_wer.read_record(str(tmp_path), "--adapter") is None
+    (tmp_path / "recipe.json").write_text('{"window": ')
+    with pytest.raises(cli.UserError, match=r"--adapter .*: its recipe\.json is damaged"):
+        eval_wer.read_record(str(tmp_path), "--adapter")

@@ -1,0 +1,163 @@
+"""A job on two nodes, really: two network namespaces, the entry as process 1 of each."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import launch
+import pytest
+import sagemaker
+import tiny
+from short_run import SMALL, records, small_options
+from strict_aws import BUCKET, strict_aws
+
+from benchmarks import machines
+from common.prepared import load_prepared
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+OPTIONS = SMALL | {"max_steps": 40, "save_every": 10}
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Two machines that know each other as algo-1 and algo-2; skips where they cannot be made."""
+    folders = [Path("/etc/netns", name) for name in machines.NAMES]
+    names = "".join(
+        f"{address} {host}\n"
+        for address, host in zip(machines.ADDRESSES, sagemaker.HOSTS, strict=True)
+    )
+    try:
+        with machines.two_machines():
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+            yield
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_nodes(folder, options, checkpoint, prepared):
+    channels = {"train": prepared, "model": checkpoint}
+    return [
+        sagemaker.make_ml(folder / host, options, channels, host=host, hosts=sagemaker.HOSTS)
+        for host in sagemaker.HOSTS
+    ]
+
+
+def start_both(nodes, **variables):
+    return [sagemaker.start_node(ml, node=at, **variables) for at, ml in enumerate(nodes)]
+
+
+def losses(checkpoints):
+    return records({"output_dir": str(checkpoints)}, "loss")
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, prepared, tmp_path_factory):
+    """Losses of one machine: two processes, and one."""
+    found = []
+    for processes in (2, 1):
+        folder = tmp_path_factory.mktemp(f"alone_{processes}")
+        options = small_options(checkpoint, prepared, folder) | OPTIONS
+        done = launch.run("train_lora.py", options, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(records(options, "loss"))
+    return found
+
+
+def test_two_nodes_train_as_one_does_and_the_adapter_is_on_the_first(
+    network, checkpoint, prepared, expected, tmp_path
+):
+    nodes = make_nodes(tmp_path, OPTIONS, checkpoint, prepared)
+    ends = [sagemaker.end(node) for node in start_both(nodes)]
+    assert [code for code, _, _ in ends] == [0, 0], ends[0][2][-3000:]
+    first, second = nodes
+    assert (first / "model" / "adapter" / "adapter_model.safetensors").exists()
+    assert not any((second / "model").iterdir())
+    told = json.loads((first / "model" / "train.json").read_text(encoding="utf-8"))
+    assert (told["processes"], told["engine"]) == (2, "ddp")
+    two, one = expected
+    got = losses(first / "checkpoints")
+    assert got == two, "byte for byte, as two processes of one machine"
+    assert max(abs(got[step] / one[step] - 1) for step in one) < 1e-4
+    (line,) = ends[1][1].splitlines()  # the first node alone tells of the run
+    assert "algo-2 is node 2 of 2" in line
+
+
+def test_a_signal_to_one_node_saves_both_end_well_and_the_job_goes_on(
+    network, checkpoint, prepared, expected, tmp_path
+):
+    nodes = make_nodes(tmp_path, OPTIONS, checkpoint, prepared)
+    running = start_both(nodes)
+    written = nodes[0] / "checkpoints" / "metrics.jsonl"
+    launch.wait_for(written.exists, running[0])
+    sagemaker.process_1(running[1]).send_signal(signal.SIGTERM)
+    ends = [sagemaker.end(node, 120) for node in running]
+    assert [code for code, _, _ in ends] == [0, 0], (ends[0][2][-3000:], ends[1][2][-3000:])
+    assert "stopped by SIGTERM after step" in ends[0][1]
+    done = max(losses(nodes[0] / "checkpoints"))
+    assert done < OPTIONS["max_steps"]
+    assert not any((nodes[0] / "model").iterdir())
+
+    ends = [sagemaker.end(node) for node in start_both(nodes)]
+    assert [code for code, _, _ in ends] == [0, 0], ends[0][2][-3000:]
+    assert f"resumed at step {done}" in ends[0][1]
+    assert losses(nodes[0] / "checkpoints") == expected[0]
+    assert (nodes[0] / "model" / "adapter").is_dir()
+
+
+def test_a_reclaimed_spot_node_has_both_save_and_neither_ends_by_itself(
+    network, checkpoint, prepared, tmp_path
+):
+    nodes = make_nodes(tmp_path, OPTIONS, checkpoint, prepared)
+    running = start_both(nodes, LAUNCH_SPOT="true")
+    written = nodes[0] / "checkpoints" / "metrics.jsonl"
+    launch.wait_for(written.exists, running[0])
+    sagemaker.process_1(running[1]).send_signal(signal.SIGTERM)
+    first = [sagemaker.process_1(node) for node in running]
+    for process, node in zip(first, running, strict=True):
+        launch.wait_for(lambda process=process: not process.children(), node, 60)
+    assert list((nodes[0] / "checkpoints" / "checkpoints").glob("step-*"))
+    time.sleep(3)
+    assert [node.poll() for node in running] == [None, None]
+    for process in first:
+        process.kill()
+    ends = [sagemaker.end(node, 60) for node in running]
+    assert 0 not in [code for code, _, _ in ends]
+    assert all("waits up to 130 s" in out for _, out, _ in ends)
+
+
+def test_two_nodes_prepare_one_dataset_and_meet_in_s3(checkpoint, tmp_path):
+    clips = {"train": 70, "validation": 5, "test": 7}
+    source = tiny.make_corpus(tmp_path / "source", clips=clips)
+    alone = tiny.prepare(source, checkpoint, tmp_path / "alone")
+    given = [
+        "prepare", "--source", f"/opt/ml/processing/input/source/{source.name}", "--language", "mr",
+        "--model", str(checkpoint), "--num_workers", "1", "--s3_uri", f"s3://{BUCKET}/prepared",
+    ]  # fmt: skip
+    with strict_aws() as aws:
+        running = []
+        for host in sagemaker.HOSTS:
+            ml = tmp_path / host
+            shutil.copytree(source.parent, ml / "processing" / "input" / "source")
+            for folder in ("config", "input"):
+                (ml / folder).mkdir()
+            said = {"current_host": host, "hosts": sagemaker.HOSTS}
+            (ml / "config" / "resourceconfig.json").write_text(json.dumps(said))
+            running.append(sagemaker.start_node(ml, *given))
+        ends = [sagemaker.end(node) for node in running]
+        assert [code for code, _, _ in ends] == [0, 0], (ends[0][2][-3000:], ends[1][2][-3000:])
+        s3 = aws.session.client("s3")
+        for found in s3.list_objects_v2(Bucket=BUCKET, Prefix="prepared/")["Contents"]:
+            target = tmp_path / found["Key"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            s3.download_file(BUCKET, found["Key"], str(target))
+    together, expected = (load_prepared(str(one))[0] for one in (tmp_path / "prepared", alone))
+    assert together.keys() == expected.keys()
+    for split in expected:
+        assert together[split][:] == expected[split][:], split
