@@ -8,95 +8,87 @@ the last bit in fp32: a clip's window and token cap depend on the clip alone, pr
 gathered by clip id, and errors are counted over the corpus once.
 """
 
-import json
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from common import batching, cli, engine, labels, precision, predictions, whisper
-from common.batching import DecodeContext
-from common.files import write_json, write_text
+from common import cli, labels, precision, predictions, whisper
+from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.memory import peak_memory_gib
 from common.precision import DTYPES, Precision
-from common.predictions import Prediction
+from common.predictions import DecodeOptions, Prediction
 from common.prepared import column, load_prepared
 from common.provenance import describe_run
-from evaluation.report import key_values, table, worst_clips
+from common.windows import POSITIONS_PER_SECOND, DecodeWindowMode
+from evaluation.report import worst_clips, write_results
+from evaluation.systems import System, load_system
 
 
 @dataclass
 class Config:
     """Word and character error rate of a Whisper, with or without a LoRA adapter."""
 
-    model: str = "openai/whisper-small"  # base or full fine-tune: folder or Hub id
-    adapter: str = ""  # adapter folder that train_lora.py wrote; empty scores --model alone
-    compare_base: bool = False  # score --model without the adapter too, on the same clips
-    data_dir: str = os.environ.get("SM_CHANNEL_TEST", "prepared")  # folder of preprocess.py
+    model: str = "openai/whisper-small"  # base or full fine-tune: a folder or a Hub id
+    adapter: str = ""  # folder of an adapter; empty: score --model alone
+    compare_base: bool = False  # also score --model without the adapter, on the same clips
+    data_dir: str = os.environ.get("SM_CHANNEL_TEST", "prepared")  # output of preprocess.py
     split: str = "test"  # train, validation or test
-    max_clips: int = 0  # score only the first so many clips; 0 scores all
-    context: DecodeContext = "auto"  # natural follows the clip, full is 30 s, auto as trained
-    batch_seconds: float = 0.0  # seconds of window a batch; 0 fits the memory
-    num_beams: int = 1  # 1 decodes greedily
+    max_clips: int = 0  # number of clips to score, from the first on; 0: all
+    context: DecodeWindowMode = "auto"  # natural follows the clip, full is 30 s, auto: as trained
+    batch_seconds: float = 0.0  # seconds of audio window per batch; 0: what fits memory
+    num_beams: int = 1  # beams of the search; 1: greedy decoding
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
-    num_workers: int = 1  # processes that read audio ahead; 0 reads in the main one
-    collective_timeout: float = 120.0  # minutes that a process waits for the others
+    num_workers: int = 1  # processes that read audio ahead; 0: the main process
+    collective_timeout: float = 120.0  # minutes a process waits for the other processes
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for wer.json, predictions.jsonl
 
 
-# ------ results
-
-
-def write_results(
-    config: Config,
-    dataset: Dataset,
-    systems: dict[str, dict[str, Any]],
-    texts: dict[str, dict[str, Prediction]],
-) -> None:
-    """Write predictions.jsonl and wer.json, print the table."""
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for row in dataset.select_columns(["id", "text", "seconds", "language"]):
-        said = {name: found[row["id"]] for name, found in texts.items()}
-        row |= {name: one.text for name, one in said.items()}
-        row |= {f"{name}_hit_cap": one.hit_cap for name, one in said.items()}
-        row |= {f"{name}_decoded_again": one.decoded_again for name, one in said.items()}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(output / "predictions.jsonl", "".join(lines))
-    write_json(output / "wer.json", systems | {"recipe": describe_run(config)})
-    print(table(systems))
-    for name, system in systems.items():
-        print(f"{name}: {key_values(system)}")
-    print(f"scores {output / 'wer.json'}, texts {output / 'predictions.jsonl'}", flush=True)
-
-
-# ------ main
+# ------ options and data
 
 
 def check(config: Config) -> None:
-    """Refuse options that cannot be meant, all at once."""
-    problems = []
-    if config.compare_base and not config.adapter:
-        problems.append("--compare_base true needs an adapter to compare: give --adapter")
-    if config.adapter and not Path(config.adapter).is_dir():
-        problems.append(f"--adapter {config.adapter}: no such folder: give a trained adapter's")
-    if config.batch_seconds < 0:
-        problems.append(f"--batch_seconds {config.batch_seconds}: give a positive number, or 0")
-    if config.num_beams < 1:
-        problems.append(f"--num_beams {config.num_beams}: give 1 or more")
-    if problems:
-        raise cli.UserError("; ".join(problems))
+    """Refuse impossible options, all of them in one message."""
+    cli.refuse(
+        [
+            (
+                config.compare_base and not config.adapter,
+                "--compare_base true needs an adapter to compare: give --adapter",
+            ),
+            (
+                bool(config.adapter) and not Path(config.adapter).is_dir(),
+                f"--adapter {config.adapter}: no such folder: give a trained adapter's",
+            ),
+            (
+                config.batch_seconds < 0,
+                f"--batch_seconds {config.batch_seconds}: give a positive number, or 0",
+            ),
+            (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
+        ]
+    )
+
+
+def load_split(config: Config) -> tuple[Dataset, dict[str, Any]]:
+    """The clips to score, and preprocess.json."""
+    splits, report = load_prepared(config.data_dir)
+    if config.split not in splits:
+        raise cli.UserError(
+            f"--split {config.split}: {config.data_dir} has only {', '.join(splits)}: give one"
+        )
+    dataset = splits[config.split]
+    if config.max_clips:
+        dataset = dataset.select(range(min(config.max_clips, len(dataset))))
+    return dataset, report
 
 
 def check_languages(config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
-    """Refuse a model that cannot be asked for the clips' languages."""
+    """Refuse a model that has no token for a language of the clips."""
     codes = {str(code) for code in column(dataset, "language")}
     unknown = sorted(code for code in codes if not labels.has_language(tokenizer, code))
     if unknown:
@@ -106,60 +98,88 @@ def check_languages(config: Config, tokenizer: PreTrainedTokenizerBase, dataset:
         )
 
 
-def read_record(trained: str, option: str) -> dict[str, Any] | None:
-    """What train_lora.py wrote beside an adapter or a model; `None` for one trained elsewhere."""
-    file = Path(trained) / "recipe.json"
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise cli.UserError(
-            f"{option} {trained}: its recipe.json is damaged ({error}): copy it again, or remove "
-            "it to score at 30 seconds"
-        ) from error
-    is_ours = isinstance(record, dict) and {"base_probe", "window"} <= record.keys()
-    return record if is_ours else None  # of another program
+# ------ one system
 
 
-def check_base(config: Config, record: dict[str, Any], model: torch.nn.Module) -> None:
-    """Refuse an adapter whose own record says that it was trained on another base."""
-    if not whisper.same_base(record["base_probe"], whisper.base_probe(model)):
-        raise cli.UserError(
-            f"--adapter {config.adapter}: was trained on {record['config']['model']}, whose "
-            f"weights are not those of --model {config.model}: give that base"
-        )
+def transcribe(
+    config: Config,
+    accelerator: Accelerator,
+    system: System,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    options: DecodeOptions,
+) -> tuple[dict[str, Prediction], dict[str, Any]]:
+    """Decode all clips with a system: predictions by clip id, and how they were decoded."""
+    seconds = column(dataset, "seconds")
+    batches, batch_seconds = predictions.plan_batches(
+        accelerator,
+        system.model.config,
+        seconds,
+        bytes_per_value=system.model.dtype.itemsize,
+        window_mode=system.window_mode,
+        margin=system.margin,
+        batch_seconds=config.batch_seconds,
+        num_beams=config.num_beams,
+    )
+    margin = system.margin.margin / POSITIONS_PER_SECOND
+    silence = f" ({margin:.2f} s after the speech)" if system.window_mode == "natural" else ""
+    say(
+        accelerator,
+        f"decoding with {system.name}, {system.window_mode} window{silence}, "
+        f"{len(batches)} batches",
+    )
+    start = time.perf_counter()
+    own = predictions.transcribe(
+        system.model,
+        tokenizer,
+        dataset,
+        batches[accelerator.process_index :: accelerator.num_processes],
+        options,
+    )
+    texts = predictions.gather(own)
+    wall_seconds, audio_seconds = time.perf_counter() - start, float(np.sum(seconds))
+    return texts, {
+        "window": system.window_mode,
+        "audio_seconds": audio_seconds,
+        "batch_seconds": batch_seconds,
+        "wall_seconds": wall_seconds,
+        "real_time_factor": wall_seconds / audio_seconds,
+        "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far
+    }
+
+
+# ------ main
 
 
 def main(config: Config) -> None:
     check(config)
-    with engine.clear_errors(config.collective_timeout):
+    with explain_lost_contact(config.collective_timeout):
         evaluate(config)
 
 
 def evaluate(config: Config) -> None:
+    """Score each system on the same clips."""
     whisper.quiet_libraries()
     config = replace(config, precision=precision.choose(config.precision))
-    accelerator = engine.open_accelerator(
+    accelerator = open_accelerator(
         precision=config.precision, timeout_minutes=config.collective_timeout
     )
-    say = partial(engine.say, accelerator)
 
     # ------ data
-    splits, prepared = load_prepared(config.data_dir)
-    if config.split not in splits:
-        raise cli.UserError(
-            f"--split {config.split}: {config.data_dir} has only {', '.join(splits)}: give one"
-        )
-    dataset = splits[config.split]
-    if config.max_clips:
-        dataset = dataset.select(range(min(config.max_clips, len(dataset))))
-    seconds, task = column(dataset, "seconds"), prepared["config"]["task"]
+    dataset, report = load_split(config)
     tokenizer = labels.load_tokenizer(config.model)
     check_languages(config, tokenizer, dataset)
     say(
-        f"{config.split}: {len(dataset)} clips, {seconds.sum() / 60:.1f} minutes, "
-        f"{accelerator.num_processes} processes, {config.precision}"
+        accelerator,
+        f"{config.split}: {len(dataset)} clips, {column(dataset, 'seconds').sum() / 60:.1f} "
+        f"minutes, {accelerator.num_processes} processes, {config.precision}",
+    )
+    options = DecodeOptions(
+        task=report["config"]["task"],
+        tokens_per_second=report["tokens_per_second"]["p999"],
+        num_beams=config.num_beams,
+        num_workers=config.num_workers,
+        quiet=not accelerator.is_main_process,
     )
 
     # ------ base and adapter
@@ -169,62 +189,24 @@ def evaluate(config: Config) -> None:
     if config.adapter:
         adapters["adapter"] = config.adapter
     for name, adapter in adapters.items():
-        model = predictions.load_for_decoding(
-            config.model, adapter, dtype=DTYPES[config.precision], device=accelerator.device
-        )
-        whisper.complete_generation_config(model, tokenizer)
-        record = read_record(adapter or config.model, "--adapter" if adapter else "--model")
-        if adapter and record:  # of one trained elsewhere, shapes are all there is to compare
-            check_base(config, record, model)
-        policy = record and record["window"]
-        window, context = batching.natural_window(policy), config.context
-        if context == "auto":
-            context = batching.trained_context(policy)
-        batches, batch_seconds = predictions.plan_batches(
-            accelerator,
-            model.config,
-            seconds,
-            bytes_per_value=model.dtype.itemsize,
-            context=context,
-            window=window,
-            batch_seconds=config.batch_seconds,
-            num_beams=config.num_beams,
-        )
-        margin = window.margin / batching.POSITIONS_PER_SECOND
-        after = f" ({margin:.2f} s after the speech)" if context == "natural" else ""
-        say(
-            f"decoding with {adapter or config.model}, {context} window{after}, "
-            f"{len(batches)} batches"
-        )
-        start = time.perf_counter()
-        mine = predictions.transcribe(
-            model,
+        system = load_system(
+            config.model,
+            adapter,
             tokenizer,
-            dataset,
-            batches[accelerator.process_index :: accelerator.num_processes],
-            task=task,
-            tokens_per_second=prepared["tokens_per_second"]["p999"],
-            num_beams=config.num_beams,
-            num_workers=config.num_workers,
-            quiet=not accelerator.is_main_process,
+            window_mode=config.context,
+            dtype=DTYPES[config.precision],
+            device=accelerator.device,
         )
-        texts[name] = predictions.gather(mine)
-        wall_seconds = time.perf_counter() - start
-        systems[name] = predictions.score(dataset, texts[name], tokenizer, task=task) | {
-            "window": context,
-            "audio_seconds": float(seconds.sum()),
-            "batch_seconds": batch_seconds,
-            "wall_seconds": wall_seconds,
-            "real_time_factor": wall_seconds / float(seconds.sum()),
-            "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far
-            "worst": worst_clips(dataset, texts[name], task),
-        }
-        del model
+        texts[name], figures = transcribe(config, accelerator, system, tokenizer, dataset, options)
+        scores = predictions.score(dataset, texts[name], tokenizer, task=options.task)
+        worst = worst_clips(dataset, texts[name], options.task)
+        systems[name] = scores | figures | {"worst": worst}
+        del system  # before the next one is loaded
 
     # ------ results
     if accelerator.is_main_process:
-        write_results(config, dataset, systems, texts)
-    engine.close(accelerator)
+        write_results(Path(config.output_dir), dataset, systems, texts, describe_run(config))
+    close(accelerator)
 
 
 if __name__ == "__main__":

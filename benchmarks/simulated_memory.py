@@ -19,10 +19,10 @@ from transformers import WhisperConfig
 
 from benchmarks.process import new_output
 from common import cli
-from common.batching import POSITIONS_PER_SECOND
 from common.decoding import PROMPT_LENGTH
 from common.files import write_json
 from common.memory import Step, Weights, predict_decoding_gib, predict_gib
+from common.windows import POSITIONS_PER_SECOND
 
 RUN = Path(__file__).resolve().parent.parent / "tests" / "simulated_cuda" / "run.py"
 ALL_TARGETS = "q_proj,k_proj,v_proj,out_proj,fc1,fc2"

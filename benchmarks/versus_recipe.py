@@ -26,6 +26,7 @@ from common import batching, cli, metrics
 from common.files import write_json, write_text
 from common.prepared import column, label_lengths, load_prepared
 from common.provenance import describe_run
+from common.windows import FULL_WINDOW, POSITIONS_PER_SECOND, WindowMode, positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDES = ("recipe", "ours")
@@ -58,7 +59,7 @@ class Config:
     max_steps: int = 0  # training steps of 8 clips; 0 is one epoch
     learning_rate: float = 1e-3  # peak
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto takes the faster on this machine
-    context: batching.Context = "auto"  # our window in training; the recipe's is always full
+    context: WindowMode = "auto"  # our window in training; the recipe's is always full
     max_seconds: float = 30.0  # longer clips are left out on both sides
 
 
@@ -218,21 +219,24 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
     """Operations and padding of an epoch's training on each side, by formula."""
     train = load_prepared(str(data))[0]["train"]
     seconds, lengths = column(train, "seconds"), label_lengths(train) - 1
-    needed = sum(batching.positions(float(one)) for one in seconds)
+    needed = sum(positions(float(one)) for one in seconds)
     plan = batching.plan(
-        seconds, global_batch_size=baseline.BATCH_SIZE, seed=seed, epoch=0, context=config.context
+        seconds,
+        global_batch_size=baseline.BATCH_SIZE,
+        seed=seed,
+        epoch=0,
+        window_mode=config.context,
     )
     ours = sum(
-        flops.lora_step(whisper, batch.context, int(lengths[clip]))
+        flops.lora_step(whisper, batch.window, int(lengths[clip]))
         for batch in plan
         for clip in batch.clips
     )
-    padding = 1 - needed / (batching.FULL_CONTEXT * len(seconds))
-    padded = [flops.lora_step(whisper, batching.FULL_CONTEXT, int(one)) for one in lengths]
-    held = sum(batch.context * len(batch.clips) for batch in plan)
+    padding = 1 - needed / (FULL_WINDOW * len(seconds))
+    padded = [flops.lora_step(whisper, FULL_WINDOW, int(one)) for one in lengths]
+    held = sum(batch.window * len(batch.clips) for batch in plan)
     longest = sum(
-        batching.positions(float(seconds[list(batch.clips)].max())) * len(batch.clips)
-        for batch in plan
+        positions(float(seconds[list(batch.clips)].max())) * len(batch.clips) for batch in plan
     )
     return {
         "recipe": {
@@ -348,7 +352,7 @@ def table(found: dict[str, Any], gemm: float, precision: str) -> str:
 def main(config: Config) -> None:
     output = process.new_output(config.output_dir)
     output.mkdir(parents=True)
-    if config.max_seconds < batching.FULL_CONTEXT / batching.POSITIONS_PER_SECOND:
+    if config.max_seconds < FULL_WINDOW / POSITIONS_PER_SECOND:
         clips = shorter_clips(Path(config.data_dir), config.max_seconds, output / "source")
         config = replace(config, data_dir=str(clips))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

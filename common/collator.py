@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from transformers.models.whisper.modeling_whisper import shift_tokens_right
 from common import audio
 from common.batching import DecodeBatch, MicroBatch
 from common.cli import OwnError, UserError
-from common.encoder_cache import EncoderCache
 
 IGNORED = -100  # label value that torch's cross entropy leaves out
 
@@ -33,7 +32,7 @@ class SpeechCollator:
     >>> import numpy as np
     >>> collate = SpeechCollator(decoder_start_token_id=7, pad_token_id=9)
     >>> clip = {"audio": audio.encode_flac(np.zeros(16_000)), "labels": [7, 3, 4, 9]}
-    >>> batch = collate([clip, None], context=160, label_length=5)
+    >>> batch = collate([clip, None], window=160, label_length=5)
     >>> batch["waves"].shape
     torch.Size([2, 51200])
     >>> batch["labels"].tolist()
@@ -48,9 +47,9 @@ class SpeechCollator:
     pad_token_id: int  # of decoder inputs; the same as the end token in every Whisper
 
     def __call__(
-        self, rows: Sequence[dict[str, Any] | None], *, context: int, label_length: int
+        self, rows: Sequence[dict[str, Any] | None], *, window: int, label_length: int
     ) -> dict[str, torch.Tensor]:
-        """Collate rows (`None` is filler: silence, nothing in the loss) at `context` positions.
+        """Collate rows (`None` is filler: silence, nothing in the loss) at `window` positions.
 
         Args:
             label_length: T; 0 leaves the labels out, for decoding.
@@ -59,12 +58,12 @@ class SpeechCollator:
             UserError: a label row that does not begin with the start token, or audio that cannot be
                 decoded.
         """
-        waves = self.waves(rows, context)
+        waves = self.waves(rows, window)
         return waves | (self.labels(rows, label_length) if label_length else {})
 
-    def waves(self, rows: Sequence[dict[str, Any] | None], context: int) -> dict[str, torch.Tensor]:
-        """waves: int16 (B, N) at 16 kHz, N that of `context` positions."""
-        waves = torch.zeros(len(rows), context * audio.SAMPLES_PER_POSITION, dtype=torch.int16)
+    def waves(self, rows: Sequence[dict[str, Any] | None], window: int) -> dict[str, torch.Tensor]:
+        """waves: int16 (B, N) at 16 kHz, N that of `window` positions."""
+        waves = torch.zeros(len(rows), window * audio.SAMPLES_PER_POSITION, dtype=torch.int16)
         for i, row in enumerate(rows):
             if row is not None:
                 clip = torch.from_numpy(_samples(row))[: waves.shape[1]]
@@ -115,6 +114,13 @@ def label_positions(labels: torch.Tensor) -> torch.Tensor:
     return (labels.flatten() != IGNORED).nonzero()[:, 0]
 
 
+class EncoderStates(Protocol):
+    """Cached outputs of a frozen encoder, which take the place of waves."""
+
+    def read(self, batch: MicroBatch) -> torch.Tensor:
+        """The states (B, C, D) of the clips of a batch."""
+
+
 @dataclass(frozen=True)
 class MicroBatches:
     """The micro-batches of one process as a map-style dataset: item i is the i-th, collated."""
@@ -122,7 +128,7 @@ class MicroBatches:
     dataset: Dataset
     batches: Sequence[MicroBatch] | Sequence[DecodeBatch]
     collate: SpeechCollator
-    cache: EncoderCache | None = None  # whose states take the place of waves
+    cache: EncoderStates | None = None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -134,7 +140,7 @@ class MicroBatches:
             states = {"encoder_states": self.cache.read(batch)}
             return states | self.collate.labels(rows, batch.label_length)
         try:
-            return self.collate(rows, context=batch.context, label_length=batch.label_length)
+            return self.collate(rows, window=batch.window, label_length=batch.label_length)
         except UserError as error:
             return error  # raised where it is read: a worker would wrap it in a traceback
 
@@ -145,7 +151,7 @@ def load_batches(
     collate: SpeechCollator,
     *,
     num_workers: int,
-    cache: EncoderCache | None = None,
+    cache: EncoderStates | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Collated batches in order, prepared ahead by `num_workers` processes.
 

@@ -30,9 +30,9 @@ from common.labels import MAX_LABELS
 from common.whisper import encode
 
 PROMPT_LENGTH = 4  # start of transcript, language, task, no timestamps; English-only takes 2
-SHRINK_AT = 0.8  # share of clips still going at which the others leave the batch
-# A text loops where some tokens come this often in a row, and are so many together. Of 639 Hindi
-# transcripts none is like that (most: 3.2 times), whereas 9 of them pass the compression ratio of
+SHRINK_AT = 0.8  # share of clips unfinished at which the finished ones leave the batch
+# A text loops where a run of tokens repeats this often and is at least this long in all. Of 639
+# Hindi transcripts none does (at most 3.2 repeats), while 9 of them exceed the compression ratio of
 # 2.4 that Whisper's own decoding takes for a loop: Devanagari's bytes are alike.
 LOOP_REPEATS = 4
 LOOP_TOKENS = 12
@@ -105,7 +105,7 @@ def decode_at_once(
         return _greedy(model, encoded, _prompts(model, languages, task, len(caps)), caps)
     texts: list[list[int]] = [[] for _ in caps]
     for rows, states in encoded:
-        found = _generate(
+        group_texts = _generate(
             model,
             states,
             languages=None if languages is None else [languages[row] for row in rows],
@@ -113,7 +113,7 @@ def decode_at_once(
             caps=[caps[row] for row in rows],
             num_beams=num_beams,
         )
-        for row, tokens in zip(rows, found, strict=True):
+        for row, tokens in zip(rows, group_texts, strict=True):
             texts[row] = tokens
     return texts
 
@@ -124,7 +124,7 @@ def encode_windows(
     """Encode clips of equal windows together: their rows, and their states (rows, C, D)."""
     groups = []
     for window in sorted(set(windows)):
-        rows = [row for row, one in enumerate(windows) if one == window]
+        rows = [row for row, own in enumerate(windows) if own == window]
         groups.append((rows, encode(model, waves[rows, : window * SAMPLES_PER_POSITION])))
     return groups
 
@@ -246,20 +246,20 @@ class LayerCache:
 
     keys: torch.Tensor  # (B, H, T, d), with room for all tokens
     values: torch.Tensor
-    heard: list[tuple[torch.Tensor, torch.Tensor]]  # of the encoder's states: (clips, H, C, d) each
+    cross: list[tuple[torch.Tensor, torch.Tensor]]  # of the encoder's states: (clips, H, C, d) each
 
     def keep(self, rows: list[int], length: int) -> None:
-        """Let only the clips `rows` go on, of whose tokens `length` are known."""
-        self.keys, self.values = (_keep(one, rows, length) for one in (self.keys, self.values))
-        heard, start = [], 0
-        for keys, values in self.heard:
+        """Keep only the clips `rows`, of which `length` tokens are cached."""
+        self.keys, self.values = (_keep(part, rows, length) for part in (self.keys, self.values))
+        cross, start = [], 0
+        for keys, values in self.cross:
             own = [row - start for row in rows if 0 <= row - start < len(keys)]
             start += len(keys)
             if len(own) == len(keys):
-                heard.append((keys, values))
+                cross.append((keys, values))
             elif own:
-                heard.append((keys[own], values[own]))
-        self.heard = heard
+                cross.append((keys[own], values[own]))
+        self.cross = cross
 
 
 def _keep(old: torch.Tensor, rows: list[int], length: int) -> torch.Tensor:
@@ -277,16 +277,16 @@ def _heads(x: torch.Tensor, attention: WhisperAttention) -> torch.Tensor:
 def _new_cache(layer: WhisperDecoderLayer, encoded: list[torch.Tensor], room: int) -> LayerCache:
     """Keys and values of the encoder's states, and room for those of `room` tokens."""
     attention = layer.encoder_attn
-    heard = [
+    cross = [
         (
             _heads(attention.k_proj(states), attention).contiguous(),
             _heads(attention.v_proj(states), attention).contiguous(),
         )
         for states in encoded
     ]
-    keys, _ = heard[0]  # under autocast of another dtype than the states
+    keys, _ = cross[0]  # under autocast its dtype is not that of the states
     shape = (sum(map(len, encoded)), attention.num_heads, room, attention.head_dim)
-    return LayerCache(keys.new_empty(shape), keys.new_empty(shape), heard)
+    return LayerCache(keys.new_empty(shape), keys.new_empty(shape), cross)
 
 
 def _queries(attention: WhisperAttention, hidden: torch.Tensor) -> torch.Tensor:
@@ -294,37 +294,41 @@ def _queries(attention: WhisperAttention, hidden: torch.Tensor) -> torch.Tensor:
     return _heads(attention.q_proj(hidden) * attention.scaling, attention)
 
 
-def _join(attention: WhisperAttention, found: torch.Tensor) -> torch.Tensor:
-    """(B, T, D) of what the heads found, (B, H, T, d)."""
-    return attention.out_proj(found.transpose(1, 2).flatten(2))
+def _join(attention: WhisperAttention, heads: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) from the outputs of the heads, (B, H, T, d)."""
+    return attention.out_proj(heads.transpose(1, 2).flatten(2))
 
 
 def _next_scores(
     model: WhisperForConditionalGeneration,
     tokens: torch.Tensor,
     caches: list[LayerCache],
-    at: int,
+    position: int,
 ) -> torch.Tensor:
-    """Scores (B, V) of what follows tokens (B, T), the first of which is the text's `at`-th."""
-    decoder, end = model.model.decoder, at + tokens.shape[1]
-    hidden = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[at:end]
+    """Scores (B, V) of what follows tokens (B, T), the first of which is at `position`."""
+    decoder, end = model.model.decoder, position + tokens.shape[1]
+    hidden = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[position:end]
     for layer, cache in zip(decoder.layers, caches, strict=True):
-        own, other = layer.self_attn, layer.encoder_attn
-        normal = layer.self_attn_layer_norm(hidden)
-        cache.keys[:, :, at:end] = _heads(own.k_proj(normal), own)
-        cache.values[:, :, at:end] = _heads(own.v_proj(normal), own)
-        known = cache.keys[:, :, :end], cache.values[:, :, :end]
-        found = attend(_queries(own, normal), *known, scale=1.0, is_causal=at == 0)
-        hidden = hidden + _join(own, found)
+        self_attn, cross_attn = layer.self_attn, layer.encoder_attn
+        normed = layer.self_attn_layer_norm(hidden)
+        cache.keys[:, :, position:end] = _heads(self_attn.k_proj(normed), self_attn)
+        cache.values[:, :, position:end] = _heads(self_attn.v_proj(normed), self_attn)
+        past = cache.keys[:, :, :end], cache.values[:, :, :end]
+        queries = _queries(self_attn, normed)
+        hidden = hidden + _join(
+            self_attn, attend(queries, *past, scale=1.0, is_causal=position == 0)
+        )
 
-        normal = layer.encoder_attn_layer_norm(hidden)
-        parts = _queries(other, normal).split([len(keys) for keys, _ in cache.heard])
-        heard = zip(parts, cache.heard, strict=True)
-        found = torch.cat([attend(part, *states, scale=1.0) for part, states in heard])
-        hidden = hidden + _join(other, found)
+        normed = layer.encoder_attn_layer_norm(hidden)
+        groups = _queries(cross_attn, normed).split([len(keys) for keys, _ in cache.cross])
+        attended = [
+            attend(queries, *states, scale=1.0)
+            for queries, states in zip(groups, cache.cross, strict=True)
+        ]
+        hidden = hidden + _join(cross_attn, torch.cat(attended))
 
-        normal = layer.final_layer_norm(hidden)
-        hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normal)))
+        normed = layer.final_layer_norm(hidden)
+        hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
     return model.proj_out(decoder.layer_norm(hidden[:, -1]))
 
 
@@ -341,7 +345,7 @@ def _greedy(
         prompts: (B, P) tokens.
     """
     config, texts = model.generation_config, [[] for _ in caps]
-    never, not_first = (
+    suppressed, suppressed_first = (
         torch.tensor(
             [token for token in ids or [] if 0 <= token < model.config.vocab_size],
             dtype=torch.long,
@@ -350,29 +354,29 @@ def _greedy(
         for ids in (config.suppress_tokens, config.begin_suppress_tokens)
     )
     clips = [clip for group, _ in encoded for clip in group]  # of the rows of the batch
-    going = set(clips)
-    states, room = [one for _, one in encoded], prompts.shape[1] + max(caps)
+    unfinished = set(clips)
+    states, room = [group for _, group in encoded], prompts.shape[1] + max(caps)
     caches = [_new_cache(layer, states, room) for layer in model.model.decoder.layers]
-    tokens, at = prompts[clips], 0
-    while going:
-        scores = _next_scores(model, tokens, caches, at)
-        scores[:, never] = -math.inf
-        if at == 0:
-            scores[:, not_first] = -math.inf
-        at += tokens.shape[1]
+    tokens, position = prompts[clips], 0
+    while unfinished:
+        scores = _next_scores(model, tokens, caches, position)
+        scores[:, suppressed] = -math.inf
+        if position == 0:
+            scores[:, suppressed_first] = -math.inf
+        position += tokens.shape[1]
         tokens = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
         for clip, token in zip(clips, tokens[:, 0].tolist(), strict=True):
-            if clip not in going:
+            if clip not in unfinished:
                 continue
             if token == config.eos_token_id:
-                going.remove(clip)
+                unfinished.remove(clip)
                 continue
             texts[clip].append(token)
             if len(texts[clip]) == caps[clip]:
-                going.remove(clip)
-        if going and len(going) <= SHRINK_AT * len(clips):
-            rows = [row for row, clip in enumerate(clips) if clip in going]
+                unfinished.remove(clip)
+        if unfinished and len(unfinished) <= SHRINK_AT * len(clips):
+            rows = [row for row, clip in enumerate(clips) if clip in unfinished]
             for cache in caches:
-                cache.keep(rows, at)
+                cache.keep(rows, position)
             tokens, clips = tokens[rows], [clips[row] for row in rows]
     return texts

@@ -16,9 +16,8 @@ import torch
 from transformers import WhisperConfig
 
 from common import audio
-from common.batching import FULL_CONTEXT, POSITIONS_PER_SECOND
-from common.loss import ROWS_ON_CPU, ROWS_ON_GPU
 from common.whisper import ENCODED_SAMPLES
+from common.windows import FULL_WINDOW, POSITIONS_PER_SECOND
 
 # Of the device's free memory. The rest is for what is not torch's: workspaces of cuBLAS and cuDNN,
 # NCCL's buffers, kernels that are loaded late.
@@ -38,6 +37,9 @@ ALLOCATOR = {"cpu": 1.585, "cuda": 1.05}
 CPU_PASSING = 24  # values / D a position that pass on a CPU, measured with the factor above
 ADAMW_BYTES = 16  # a trained parameter: float32 weight, gradient and AdamW's two moments
 FLOAT = 4  # bytes of float32
+# Rows of logits that the loss computes at once. CPU: 26 MB, which the allocator reuses instead of
+# returning; GPU: large enough to fill it, 425 MB.
+LOGIT_ROWS = {"cpu": 128, "cuda": 2048}
 SHORTEST_WINDOW = 2.56  # seconds, of a clip of one second with what follows the speech
 DECODE_SECONDS = 960.0  # of window decoded at once; above it nothing is gained
 
@@ -216,7 +218,7 @@ def predict_gib(
     again = kept.encoder if step.checkpointing and layers else 0.0
     if step.encoder_cached:
         passing, states = 0.0, value
-    rows = min(ROWS_ON_CPU if step.device == "cpu" else ROWS_ON_GPU, tokens)
+    rows = min(LOGIT_ROWS[step.device], tokens)
     weight = width * config.vocab_size  # of the projection to the vocabulary, in numbers
     logits = rows * config.vocab_size * (FLOAT if stream == FLOAT else FLOAT + 2)
     if step.tune != "lora":  # the gradient of the projection, and its product with the loss scale
@@ -258,7 +260,7 @@ def plan_memory(
     Raises:
         ValueError: not even that fits.
     """
-    one_clip = FULL_CONTEXT / POSITIONS_PER_SECOND
+    one_clip = FULL_WINDOW / POSITIONS_PER_SECOND
     for checkpointed in sorted({step.checkpointing, True}):
         seconds = GPU_SECONDS
         if step.device == "cpu":

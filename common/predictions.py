@@ -7,7 +7,6 @@ errors are counted over the corpus, so that any number of processes gives one sc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,21 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from common import batching, decoding, engine, labels, metrics, whisper
-from common.batching import DecodeBatch, DecodeContext, DecodeWindow
+from common import batching, decoding, labels, metrics, whisper
+from common.accelerator import least
+from common.adapter import load_merged
+from common.batching import DecodeBatch
 from common.collator import SpeechCollator, load_batches
 from common.memory import CAP_MARGIN, device_memory_gib, plan_decoding
 from common.prepared import column
 from common.progress import track
+from common.windows import (
+    FULL_WINDOW,
+    POSITIONS_PER_SECOND,
+    UNTRAINED,
+    DecodeMargin,
+    DecodeWindowMode,
+)
 
 CAP_EXTRA = 16  # tokens on top, for clips so short that a rate says little
 
@@ -48,7 +56,7 @@ def load_for_decoding(
     """Load a base, merge the adapter (if not empty) in float32, then convert the weights once."""
     base = whisper.load_base(model, dtype=torch.float32)
     if adapter:
-        base = whisper.load_merged(base, adapter)
+        base = load_merged(base, adapter)
     return base.to(device, dtype).eval()
 
 
@@ -58,7 +66,7 @@ def collator_for(model: WhisperForConditionalGeneration) -> SpeechCollator:
 
 
 def token_cap(seconds: float, tokens_per_second: float) -> int:
-    """Most new tokens a clip may take: what its duration can hold and some more.
+    """Maximum number of new tokens of a clip: what its duration can hold, and a margin.
 
     Args:
         tokens_per_second: the rate that 99.9 % of the prepared clips stay below.
@@ -78,8 +86,8 @@ def plan_batches(
     seconds: np.ndarray,
     *,
     bytes_per_value: int,
-    context: DecodeContext,
-    window: DecodeWindow,
+    window_mode: DecodeWindowMode,
+    margin: DecodeMargin,
     batch_seconds: float = 0.0,
     num_beams: int = 1,
 ) -> tuple[list[DecodeBatch], float]:
@@ -93,18 +101,34 @@ def plan_batches(
         batch_seconds: given by hand; 0 fits the memory.
     """
     clear_device_cache(garbage_collection=True)
-    of = accelerator.num_processes
+    num_processes = accelerator.num_processes
+    free_gib = device_memory_gib(accelerator.device, num_processes)
     fits = plan_decoding(
         model_config,
-        memory_gib=engine.least(accelerator, device_memory_gib(accelerator.device, of)),
+        memory_gib=least(accelerator, free_gib),
         bytes_per_value=bytes_per_value,
         num_beams=num_beams,
     )
     batch_seconds = batch_seconds or fits
     batches = batching.decode_plan(
-        seconds, batch_seconds=batch_seconds, context=context, window=window, num_processes=of
+        seconds,
+        batch_seconds=batch_seconds,
+        window_mode=window_mode,
+        margin=margin,
+        num_processes=num_processes,
     )
     return batches, batch_seconds
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How clips are decoded, whatever batch they are in."""
+
+    task: str  # "transcribe" or "translate"
+    tokens_per_second: float  # rate that 99.9 % of the prepared clips stay below
+    num_beams: int = 1
+    num_workers: int = 0  # processes that read audio ahead
+    quiet: bool = True  # no progress
 
 
 def transcribe(
@@ -112,36 +136,28 @@ def transcribe(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     batches: Sequence[DecodeBatch],
-    *,
-    task: str,
-    tokens_per_second: float,
-    num_beams: int = 1,
-    num_workers: int = 0,
-    quiet: bool = True,
+    options: DecodeOptions,
 ) -> list[Prediction]:
     """Decode `batches` of clips of `dataset` in this process.
 
     A clip whose text loops or hits its cap at a window shorter than 30 seconds is decoded once more
-    at 30 seconds, and that text counts: which clips are is a matter of each clip alone.
+    at 30 seconds, and that text counts. Whether it is depends on the clip alone.
     """
-    once = partial(
-        _transcribe_once, model, tokenizer, dataset, task=task, tokens_per_second=tokens_per_second,
-        num_beams=num_beams, num_workers=num_workers, quiet=quiet,
-    )  # fmt: skip
-    found = once(batches)
-    again = sorted(clip for clip, (_, failed) in found.items() if failed)
-    if again:
-        held = max(sum(batch.windows) for batch in batches)  # as much memory as before
-        planned = batching.decode_plan(
-            column(dataset, "seconds")[again],
-            batch_seconds=held / batching.POSITIONS_PER_SECOND,
-            context="full",
-            window=batching.UNTRAINED,
+    attempts = _transcribe_once(model, tokenizer, dataset, batches, options)
+    failed = sorted(clip for clip, (_, is_failure) in attempts.items() if is_failure)
+    if failed:
+        positions = max(sum(batch.windows) for batch in batches)  # as much memory as before
+        plan = batching.decode_plan(
+            column(dataset, "seconds")[failed],
+            batch_seconds=positions / POSITIONS_PER_SECOND,
+            window_mode="full",
+            margin=UNTRAINED,
         )
-        wide = [replace(one, clips=tuple(again[row] for row in one.clips)) for one in planned]
-        for clip, (prediction, _) in once(wide).items():
-            found[clip] = replace(prediction, decoded_again=True), False
-    return [prediction for prediction, _ in found.values()]
+        full = [replace(batch, clips=tuple(failed[row] for row in batch.clips)) for batch in plan]
+        second = _transcribe_once(model, tokenizer, dataset, full, options)
+        for clip, (prediction, _) in second.items():
+            attempts[clip] = replace(prediction, decoded_again=True), False
+    return [prediction for prediction, _ in attempts.values()]
 
 
 def _transcribe_once(
@@ -149,44 +165,37 @@ def _transcribe_once(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     batches: Sequence[DecodeBatch],
-    *,
-    task: str,
-    tokens_per_second: float,
-    num_beams: int,
-    num_workers: int,
-    quiet: bool,
+    options: DecodeOptions,
 ) -> dict[int, tuple[Prediction, bool]]:
-    """Predictions by row of `dataset`, and whether each is one that 30 seconds may mend."""
-    collate = collator_for(model)
+    """Predictions by row of `dataset`, each with whether it failed in a way 30 seconds may mend."""
     english_only = labels.is_english_only(tokenizer)
-    seconds, languages = column(dataset, "seconds"), column(dataset, "language")
-    ids = column(dataset, "id")
-    loader = load_batches(dataset, batches, collate, num_workers=num_workers)
-    found = {}
-    collated = track(loader, total=len(batches), what="decoding, batches", quiet=quiet)
+    ids, seconds, languages = (column(dataset, name) for name in ("id", "seconds", "language"))
+    loader = load_batches(dataset, batches, collator_for(model), num_workers=options.num_workers)
+    attempts = {}
+    collated = track(loader, total=len(batches), what="decoding, batches", quiet=options.quiet)
     for batch, inputs in zip(batches, collated, strict=True):
         clips = list(batch.clips)
-        caps = [token_cap(float(seconds[clip]), tokens_per_second) for clip in clips]
-        decoded = decoding.decode(
+        caps = [token_cap(float(seconds[clip]), options.tokens_per_second) for clip in clips]
+        token_rows = decoding.decode(
             model,
             inputs["waves"],
             windows=batch.windows,
             languages=None if english_only else [str(languages[clip]) for clip in clips],
-            task=task,
+            task=options.task,
             caps=caps,
-            num_beams=num_beams,
+            num_beams=options.num_beams,
         )
-        for clip, window, tokens, cap in zip(clips, batch.windows, decoded, caps, strict=True):
+        for clip, window, tokens, cap in zip(clips, batch.windows, token_rows, caps, strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
             hit_cap = len(tokens) >= cap
-            failed = window < batching.FULL_CONTEXT and (hit_cap or decoding.loops(tokens))
-            found[clip] = Prediction(str(ids[clip]), text, hit_cap), failed
-    return found
+            is_failure = window < FULL_WINDOW and (hit_cap or decoding.loops(tokens))
+            attempts[clip] = Prediction(str(ids[clip]), text, hit_cap), is_failure
+    return attempts
 
 
 def gather(predictions: list[Prediction]) -> dict[str, Prediction]:
     """All ranks' predictions by clip id, on every rank."""
-    return {found.id: found for found in gather_object(predictions)}
+    return {prediction.id: prediction for prediction in gather_object(predictions)}
 
 
 # ------ scores
@@ -215,18 +224,17 @@ def score(
     """
     languages = written_languages(dataset, task)
     references = [str(text) for text in column(dataset, "text")]
-    found = [predictions[str(clip_id)] for clip_id in column(dataset, "id")]
-    texts = [one.text for one in found]
+    scored = [predictions[str(clip_id)] for clip_id in column(dataset, "id")]
+    hypotheses = [prediction.text for prediction in scored]
     spelling = getattr(tokenizer, "english_spelling_normalizer", None)
-    names = metrics.normalisers_for(languages)
     return {
-        "clips": len(found),
-        "clips_at_cap": sum(one.hit_cap for one in found),
-        "clips_decoded_again": sum(one.decoded_again for one in found),
+        "clips": len(scored),
+        "clips_at_cap": sum(prediction.hit_cap for prediction in scored),
+        "clips_decoded_again": sum(prediction.decoded_again for prediction in scored),
         "normalisers": {
             name: metrics.ErrorRate(name, spelling=spelling, languages=languages).compute(
-                predictions=texts, references=references
+                predictions=hypotheses, references=references
             )
-            for name in names
+            for name in metrics.normalisers_for(languages)
         },
     }

@@ -22,6 +22,7 @@ from peft import PeftModel  # noqa: E402
 from transformers import WhisperForConditionalGeneration  # noqa: E402
 
 from common import whisper  # noqa: E402
+from training import lora  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def base(checkpoint: Path) -> WhisperForConditionalGeneration:
 def adapted(base: WhisperForConditionalGeneration) -> PeftModel:
     """A LoRA model whose adapter is not zero, as after training."""
     torch.manual_seed(1)
-    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.0)
+    model = lora.add_lora(base, rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)

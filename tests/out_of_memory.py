@@ -9,15 +9,16 @@ import torch
 
 import train_lora
 from common import cli
+from training import step
 
-stock_step, stock_loss = train_lora.train_step, train_lora.token_loss_sum
+stock_step, stock_loss = train_lora.train_step, step.batch_loss
 begun = []
 
 
-def step_that_counts(run, *given):
-    if run.accelerator.is_last_process:
-        begun.append(run)
-    stock_step(run, *given)
+def step_that_counts(state, *given):
+    if state.accelerator.is_last_process:
+        begun.append(state)
+    stock_step(state, *given)
 
 
 def loss_of_one_clip(model, inputs):
@@ -27,5 +28,5 @@ def loss_of_one_clip(model, inputs):
 
 
 if __name__ == "__main__":
-    train_lora.train_step, train_lora.token_loss_sum = step_that_counts, loss_of_one_clip
+    train_lora.train_step, step.batch_loss = step_that_counts, loss_of_one_clip
     cli.run(train_lora.main, train_lora.Config)

@@ -13,9 +13,9 @@ from common import cli
 stock = train_lora.train_step
 
 
-def step_with_signal(run, step, *given):
-    stock(run, step, *given)
-    if step.number == 1 and run.accelerator.is_last_process:
+def step_with_signal(state, step, *given):
+    stock(state, step, *given)
+    if step.number == 1 and state.accelerator.is_last_process:
         os.kill(os.getpid(), signal.SIGTERM)
 
 

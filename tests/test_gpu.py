@@ -23,10 +23,14 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 import eval_wer
 import train_lora
 from benchmarks import simulated_memory
+from common import adapter as adapter_files
 from common import audio, decoding, memory, precision, predictions, whisper
 from common.batching import MicroBatch
 from common.collator import IGNORED, label_positions, load_batches
 from common.prepared import load_prepared
+from training import lora
+from training.loss import SpeechLoss
+from training.step import batch_loss, split_rows
 
 GIB = 2**30
 LARGE_NEEDS = 20 * GIB  # of GPU memory; below it whisper-small is tried
@@ -126,8 +130,8 @@ class Trained:
     """A model that is ready to be trained, as train_lora.py makes it."""
 
     base: WhisperForConditionalGeneration
-    bare: torch.nn.Module
-    wrapped: torch.nn.Module
+    model: torch.nn.Module  # with an adapter
+    speech_loss: torch.nn.Module
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     step: memory.Step
@@ -143,21 +147,21 @@ def make_trained(path: Path, kind: str, device: torch.device, **options: str) ->
     held = eval_wer.DTYPES[precision]
     base = whisper.load_base(str(path), dtype=held, quantize=quantize, device=accelerator.device)
     config = train_lora.Config(learning_rate=1e-3, **options)
-    bare = train_lora.trainable_model(config, base)
-    trainable = [one for one in bare.parameters() if one.requires_grad]
+    model = train_lora.trainable_model(config, base)
+    trainable = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, fused=True)
-    wrapped, optimizer = accelerator.prepare(bare, optimizer)
-    wrapped.train()
+    speech_loss, optimizer = accelerator.prepare(SpeechLoss(model), optimizer)
+    speech_loss.train()
     step = memory.Step(device.type, held.itemsize, quantize=quantize)
-    return Trained(base, bare, wrapped, optimizer, accelerator, step)
+    return Trained(base, model, speech_loss, optimizer, accelerator, step)
 
 
 def take_step(trained: Trained, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Forward, backward, clip, step: the loss of a token, on the device."""
     count = len(inputs["label_positions"])
-    loss = train_lora.token_loss_sum(trained.wrapped, inputs) / count
+    loss = batch_loss(trained.speech_loss, inputs) / count
     trained.accelerator.backward(loss)
-    parameters = [one for one in trained.bare.parameters() if one.requires_grad]
+    parameters = [one for one in trained.model.parameters() if one.requires_grad]
     trained.accelerator.clip_grad_norm_(parameters, 1.0)
     trained.optimizer.step()
     trained.optimizer.zero_grad()
@@ -232,8 +236,8 @@ def test_a_random_checkpoint_of_real_dimensions_loads_and_its_step_is_simulated(
     trained = make_trained(random_checkpoint(tmp_path, "tiny", cpu), "fp32", cpu)
     inputs = make_inputs(trained.base, size)
     assert 0 < take_step(trained, inputs).item() < 20
-    trained.bare.eval()
-    with whisper.merged(trained.bare) as merged:
+    trained.model.eval()
+    with adapter_files.merged(trained.model) as merged:
         texts = decoding.decode(
             merged, inputs["waves"], windows=[160, 160], languages=["mr", "mr"],
             task="transcribe", caps=[3, 3],
@@ -274,7 +278,7 @@ def test_each_precision_trains_and_decodes_within_the_estimate(
 
     window = size.clips * size.positions / 50
     estimate = memory.predict_gib(
-        trained.base.config, memory.count_weights(trained.bare), trained.step, seconds=window,
+        trained.base.config, memory.count_weights(trained.model), trained.step, seconds=window,
         tokens_per_second=size.clips * size.tokens / window,
     )  # fmt: skip
     kernels = count_kernels(trained, inputs, device)
@@ -287,8 +291,8 @@ def test_each_precision_trains_and_decodes_within_the_estimate(
     if device.type == "cuda":
         assert LEAST_RATIO < estimate / peak < MOST_RATIO, f"{estimate:.2f} for {peak:.2f} GiB"
 
-    trained.bare.eval()
-    with whisper.merged(trained.bare) as merged:
+    trained.model.eval()
+    with adapter_files.merged(trained.model) as merged:
         texts = decoding.decode(
             merged, inputs["waves"], windows=[size.positions] * size.clips,
             languages=["mr"] * size.clips, task="transcribe", caps=[8] * size.clips,
@@ -306,8 +310,8 @@ def test_decoding_while_training_takes_no_more_than_was_planned(device, checkpoi
     take_step(trained, make_inputs(trained.base, size))  # AdamW's moments are there
     given = 3.0 if device.type == "cuda" else 0.02  # GiB
     value = trained.base.dtype.itemsize
-    trained.bare.eval()
-    with whisper.merged(trained.bare) as merged:
+    trained.model.eval()
+    with adapter_files.merged(trained.model) as merged:
         planned = memory.plan_decoding(
             merged.config, memory_gib=given, bytes_per_value=value, device=device.type
         )
@@ -364,8 +368,8 @@ def gradient(trained: Trained, parts: list[dict[str, torch.Tensor]]) -> list[tor
     """Of the summed loss, over the parts of a batch."""
     trained.optimizer.zero_grad()
     for part in parts:
-        train_lora.token_loss_sum(trained.wrapped, part).backward()
-    return [one.grad.clone() for one in trained.bare.parameters() if one.requires_grad]
+        batch_loss(trained.speech_loss, part).backward()
+    return [one.grad.clone() for one in trained.model.parameters() if one.requires_grad]
 
 
 def test_a_step_halved_after_memory_ran_out_has_the_same_gradient(device, checkpoint, checkpoints):
@@ -385,7 +389,7 @@ def test_a_step_halved_after_memory_ran_out_has_the_same_gradient(device, checkp
         trained.optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        halved = gradient(trained, list(train_lora.split_rows(inputs, 2)))
+        halved = gradient(trained, list(split_rows(inputs, 2)))
     finally:
         undo()
     for one, other in zip(whole, halved, strict=True):
@@ -404,7 +408,7 @@ def limit_memory(trained: Trained, device: torch.device, held: float, peak: floa
         if len(options["labels"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    hook = trained.bare.register_forward_pre_hook(refuse, with_kwargs=True)
+    hook = trained.speech_loss.register_forward_pre_hook(refuse, with_kwargs=True)
     return hook.remove
 
 
@@ -414,9 +418,10 @@ def limit_memory(trained: Trained, device: torch.device, held: float, peak: floa
 def test_dropout_masks_are_those_of_the_cpu(device):
     drawn = []
     for place in (torch.device("cpu"), device):
-        masks = whisper.DropoutMasks()
-        dropouts = [masks.add(0.05, width) for width in (1280, 5120, 1280)]
-        masks.draw(torch.tensor([0, 5, 2**31, 2**32 - 1]).to(place))
+        dropouts = [lora.FeatureDropout(0.05, width) for width in (1280, 5120, 1280)]
+        lora.DropoutMasks(torch.nn.ModuleList(dropouts)).draw(
+            torch.tensor([0, 5, 2**31, 2**32 - 1]).to(place)
+        )
         drawn.append([dropout.mask.cpu() for dropout in dropouts])
     for expected, got in zip(*drawn, strict=True):
         assert torch.equal(got, expected)

@@ -21,6 +21,7 @@ import torch
 from short_run import small_options
 from test_house import ROOMS
 
+from common import adapter as adapter_files
 from common import audio, cli, whisper
 
 SOURCES = [
@@ -77,7 +78,7 @@ def test_an_adapter_in_pickle_is_refused_and_not_run(base, adapted, tmp_path):
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     (tmp_path / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "r")))
     with pytest.raises(cli.UserError, match=r"has no adapter_model\.safetensors"):
-        whisper.load_adapter(base, str(tmp_path / "adapter"))
+        adapter_files.load_adapter(base, str(tmp_path / "adapter"))
     assert not (tmp_path / "r").exists()
 
 

@@ -20,7 +20,7 @@ def seconds_like_memory(*_given, memory_gib, **_options):
 if __name__ == "__main__":
     script = importlib.import_module(os.environ["SCRIPT"])
     free = FREE[script.__name__][int(os.environ["RANK"])]
-    script.device_memory_gib = predictions.device_memory_gib = lambda *_given: free
-    script.held_gib = lambda _device: 0.0
-    script.plan_memory = seconds_like_memory
+    memory.device_memory_gib = predictions.device_memory_gib = lambda *_given: free
+    memory.held_gib = lambda _device: 0.0
+    memory.plan_memory = seconds_like_memory
     cli.run(script.main, script.Config)

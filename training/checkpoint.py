@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000120` that appears at once, complete: it is written under another
 name, flushed to the disk and renamed. Its tensors are whole, so any number of processes under any
-engine can go on from it. Random numbers need no state of their own: they are drawn anew at every
+engine can resume from it. Random numbers need no state of their own: they are drawn anew at every
 step from seed, step and clip, so seed and position are that state.
 """
 
@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import engine, whisper
+from common.accelerator import say
 from common.cli import UserError
 from common.files import IGNORED, new_folder, remove_folder, write_json
+from training import lora, sharded
 
 STATE = "state.json"
-TENSORS = (engine.WEIGHTS, *engine.MOMENTS)  # a file of each
+TENSORS = (sharded.WEIGHTS, *sharded.MOMENTS)  # a file of each
 
 
 def save(
@@ -45,9 +47,9 @@ def save(
     Args:
         state: all else that a resumed run needs, as JSON.
     """
-    leader, parameters = accelerator.is_main_process, engine.trained_parameters(model)
-    gatherers = {kind: partial(engine.moment, optimizer, kind) for kind in engine.MOMENTS}
-    gatherers[engine.WEIGHTS] = engine.whole
+    leader, parameters = accelerator.is_main_process, sharded.trained_parameters(model)
+    gatherers = {kind: partial(sharded.moment, optimizer, kind) for kind in sharded.MOMENTS}
+    gatherers[sharded.WEIGHTS] = sharded.whole
     with ExitStack() as stack:
         if leader:
             written = stack.enter_context(new_folder(folder / f"step-{step:08d}"))
@@ -57,7 +59,7 @@ def save(
                 save_file(tensors, written / _file(kind))
         if leader:
             digests = {kind: _digest(written / _file(kind)) for kind in TENSORS}
-            steps = engine.steps_taken(optimizer)
+            steps = sharded.steps_taken(optimizer)
             record = {"step": step, "optimizer_steps": steps, "sha256": digests} | state
             write_json(written / STATE, record)
     if leader:
@@ -73,9 +75,9 @@ def _gather(
     """What `whole` gives of each parameter, on the first process's CPU; nothing on the others."""
     tensors = {}
     for name, parameter in parameters.items():
-        found = whole(parameter)
+        tensor = whole(parameter)
         if accelerator.is_main_process:
-            tensors[name] = found.detach().cpu().contiguous()
+            tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
 
 
@@ -115,18 +117,18 @@ def find(
     Args:
         identity: what a resumed run must share with the interrupted one: options by name, and for
             `data_dir` a digest of its preprocess.json.
-        changed_too: go on although some differ.
+        changed_too: resume although some of them differ.
 
     Raises:
         UserError: naming the options that differ.
     """
     warnings = []
-    for found in reversed(_folders(folder)):
-        damage = _damage(found)
+    for newest in reversed(_folders(folder)):
+        damage = _damage(newest)
         if damage:
-            warnings.append(f"warning: {found} is skipped: {damage}")
+            warnings.append(f"warning: {newest} is skipped: {damage}")
             continue
-        before = read_state(found)["identity"]
+        before = read_state(newest)["identity"]
         changed = [
             f"--{name} {value} (was {before.get(name)})"
             for name, value in identity.items()
@@ -136,12 +138,39 @@ def find(
             raise UserError(
                 f"--output_dir {folder.parent}: holds a run with other options: "
                 f"{', '.join(changed)}: restore them, give another folder, --resume never, or "
-                "--resume_changed true to go on all the same"
+                "--resume_changed true to resume all the same"
             )
         if changed:
-            warnings.append(f"warning: goes on with other options: {', '.join(changed)}")
-        return found, warnings
+            warnings.append(f"warning: resumes with other options: {', '.join(changed)}")
+        return newest, warnings
     return None, warnings
+
+
+def agree(
+    folder: Path, identity: dict[str, Any], accelerator: Accelerator, *, resume: str, changed: bool
+) -> tuple[str, dict[str, Any]]:
+    """The checkpoint to resume from ("" for none) and its state, as the first process finds them.
+
+    All processes must call.
+
+    Args:
+        resume, changed: --resume and --resume_changed.
+    """
+    start = {"step": 0, "best": None, "loss": 0.0, "tokens": 0, "evaluated": True}
+    answer: list[Any] = ["", start, ""]  # path, state, problem
+    if accelerator.is_main_process and resume == "auto":
+        try:
+            newest, warnings = find(folder, identity, changed_too=changed)
+            for warning in warnings:
+                say(accelerator, warning)
+            if newest is not None:
+                answer[:2] = [str(newest), read_state(newest)]
+        except UserError as error:
+            answer[2] = str(error)
+    path, state, problem = broadcast_object_list(answer)
+    if problem:
+        raise UserError(problem)
+    return path, state
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -173,8 +202,8 @@ def restore(
     Raises:
         UserError: the checkpoint is of other parameters, as after --resume_changed true.
     """
-    parameters = engine.trained_parameters(model)
-    shapes = {name: list(_shape(one)) for name, one in parameters.items()}
+    parameters = sharded.trained_parameters(model)
+    shapes = {name: list(_shape(parameter)) for name, parameter in parameters.items()}
     with ExitStack() as stack:
         files = {}
         if accelerator.is_main_process:
@@ -182,7 +211,7 @@ def restore(
                 kind: stack.enter_context(safe_open(checkpoint / _file(kind), "pt"))
                 for kind in TENSORS
             }
-            weights = files[engine.WEIGHTS]
+            weights = files[sharded.WEIGHTS]
             if shapes != {name: weights.get_slice(name).get_shape() for name in weights.keys()}:  # noqa: SIM118
                 raise UserError(
                     f"--resume_changed true: {checkpoint} holds other parameters than this run "
@@ -197,7 +226,7 @@ def restore(
             return broadcast(value)
 
         with torch.no_grad():
-            engine.restore(optimizer, parameters, read, steps)
+            sharded.restore(optimizer, parameters, read, steps)
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:
@@ -211,16 +240,16 @@ def save_model(
     source: str,
     made: dict[str, Any],
 ) -> None:
-    """Write the adapter, or the whole model, with `made` (its recipe) beside it.
+    """Write the adapter, or the whole model, with `made` (its provenance) beside it.
 
     All processes must call.
     """
-    if isinstance(model, whisper.PeftModel):
-        parameters = engine.trained_parameters(model)
+    if isinstance(model, PeftModel):
+        parameters = sharded.trained_parameters(model)
     else:
         parameters = dict(model.named_parameters())
-    weights = _gather(accelerator, parameters, engine.whole)
+    weights = _gather(accelerator, parameters, sharded.whole)
     if accelerator.is_main_process:
         with new_folder(folder) as written:
-            whisper.save(written, model, weights, source)
+            lora.save(written, model, weights, source)
             write_json(written / "recipe.json", made)

@@ -1,6 +1,7 @@
-"""What a training run tells while it runs: metrics.jsonl, TensorBoard, a line or a bar."""
+"""What a run reports while it trains: metrics.jsonl, TensorBoard, a line or a bar."""
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.files import write_text
+from training.meter import Meter
 
 
 @dataclass
@@ -82,3 +84,20 @@ def log_text(journal: Journal, name: str, text: str, step: int) -> None:
     if journal.accelerator.is_main_process:
         writer = journal.accelerator.get_tracker("tensorboard", unwrap=True)
         writer.add_text(name, text, step)
+
+
+def log_rates(journal: Journal, meter: Meter, *, step: int, epoch: float, rate: float) -> None:
+    """Log loss and speed since the last log line, and restart the meter. All processes must call.
+
+    Args:
+        rate: learning rate of the last step.
+    """
+    accelerator = journal.accelerator
+    rates = meter.rates(accelerator.reduce(meter.loss).item(), rate)
+    shown = f"{rates.get('loss', math.nan):.3f}"
+    journal.bar.set_postfix(loss=shown, clips_s=f"{rates['clips_per_second']:.1f}")
+    record = {"step": step, "epoch": epoch} | rates
+    if accelerator.scaler is not None:
+        record["skipped_steps"] = meter.skipped
+    log(journal, record)
+    meter.restart()

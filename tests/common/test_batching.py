@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common import audio, batching
+from common import audio, batching, windows
 
 SECONDS = np.random.default_rng(0).uniform(1.0, 12.0, size=203)
 LENGTHS = np.random.default_rng(1).integers(5, 90, size=203)
@@ -25,17 +25,17 @@ def test_the_same_seed_and_epoch_give_the_same_plan_and_others_another():
 
 def test_a_window_holds_its_longest_clip_and_a_margin():
     for batch in plan():
-        longest = batching.positions(SECONDS[list(batch.clips)].max())
-        if batch.context == batching.FULL_CONTEXT:
+        longest = windows.positions(SECONDS[list(batch.clips)].max())
+        if batch.window == windows.FULL_WINDOW:
             continue
-        margin = batch.context - longest
-        low, high = batching.TRAIN_MARGIN
-        assert low <= margin < high + batching.CONTEXT_MULTIPLE
+        margin = batch.window - longest
+        low, high = windows.TRAIN_MARGIN
+        assert low <= margin < high + windows.WINDOW_MULTIPLE
 
 
 def test_a_few_per_cent_of_batches_have_the_full_window():
-    contexts = [batch.context for epoch in range(8) for batch in plan(epoch)]
-    share = contexts.count(batching.FULL_CONTEXT) / len(contexts)
+    sizes = [batch.window for epoch in range(8) for batch in plan(epoch)]
+    share = sizes.count(windows.FULL_WINDOW) / len(sizes)
     assert 0.02 < share < 0.06, f"{share:.3f} of the batches are full"
 
 
@@ -43,15 +43,15 @@ def test_full_windows_add_no_more_than_a_tenth_however_short_the_clips():
     short = SECONDS / 4
     options = {"global_batch_size": 8, "seed": 3}
     plans = [batching.plan(short, epoch=epoch, **options) for epoch in range(20)]
-    contexts = [batch.context for one in plans for batch in one]
-    natural = [context for context in contexts if context < batching.FULL_CONTEXT]
-    assert len(natural) < len(contexts), "no batch has the full window"
-    cost = np.mean(contexts) / np.mean(natural)
+    sizes = [batch.window for one in plans for batch in one]
+    natural = [size for size in sizes if size < windows.FULL_WINDOW]
+    assert len(natural) < len(sizes), "no batch has the full window"
+    cost = np.mean(sizes) / np.mean(natural)
     assert 1.0 < cost < 1.13, f"full windows multiply the positions by {cost:.3f}"
 
 
-def test_full_context_gives_every_batch_the_full_window():
-    assert {batch.context for batch in plan(context="full")} == {batching.FULL_CONTEXT}
+def test_full_mode_gives_every_batch_the_full_window():
+    assert {batch.window for batch in plan(window_mode="full")} == {windows.FULL_WINDOW}
 
 
 def test_clips_of_a_batch_are_so_alike_that_padding_is_under_five_per_cent():
@@ -74,7 +74,7 @@ def test_ranks_share_a_batch_without_loss_and_in_equal_shapes(num_processes, max
             )
             for rank in range(num_processes)
         ]
-        shapes = [[(len(m.clips), m.context, m.label_length) for m in rank] for rank in ranks]
+        shapes = [[(len(m.clips), m.window, m.label_length) for m in rank] for rank in ranks]
         assert all(shape == shapes[0] for shape in shapes)
         clips = [clip for rank in ranks for micro in rank for clip in micro.clips]
         assert sorted(clip for clip in clips if clip is not None) == sorted(batch.clips)
@@ -86,13 +86,13 @@ def test_micro_batches_obey_the_seconds_they_may_hold():
         for micro in batching.micro_batches(
             batch, rank=0, num_processes=1, max_batch_seconds=40.0, label_lengths=LENGTHS
         ):
-            held = len(micro.clips) * micro.context / batching.POSITIONS_PER_SECOND
+            held = len(micro.clips) * micro.window / windows.POSITIONS_PER_SECOND
             assert held <= 40.0 or len(micro.clips) == 1
 
 
 def test_positions_hold_every_frame_that_a_clip_reaches_into():
     for samples in (1_600, 16_000, 33_333, 100_001, 480_000):
-        held = batching.positions(samples / audio.SAMPLE_RATE) * audio.SAMPLES_PER_POSITION
+        held = windows.positions(samples / audio.SAMPLE_RATE) * audio.SAMPLES_PER_POSITION
         needed = min(samples + audio.N_FFT // 2, audio.N_SAMPLES)
         assert needed <= held < needed + 2 * audio.SAMPLES_PER_POSITION
 
@@ -100,55 +100,55 @@ def test_positions_hold_every_frame_that_a_clip_reaches_into():
 @pytest.mark.parametrize("num_processes", [1, 3])
 @pytest.mark.parametrize("batch_seconds", [1.0, 10.0, 300.0])
 def test_a_decoding_window_depends_on_the_clip_alone(batch_seconds, num_processes):
-    window = batching.TRAINED
+    margin = windows.TRAINED
     batches = batching.decode_plan(
-        SECONDS, batch_seconds=batch_seconds, context="auto", window=window,
+        SECONDS, batch_seconds=batch_seconds, window_mode="auto", margin=margin,
         num_processes=num_processes,
     )  # fmt: skip
     clips = [clip for batch in batches for clip in batch.clips]
     assert sorted(clips) == list(range(len(SECONDS)))
     for batch in batches:
-        own = tuple(batching.decode_context(SECONDS[clip], "auto", window) for clip in batch.clips)
+        own = tuple(windows.decode_window(SECONDS[clip], "auto", margin) for clip in batch.clips)
         assert own == batch.windows
 
 
 def test_decoding_batches_are_even_and_as_many_on_each_process():
     batches = batching.decode_plan(
-        SECONDS, batch_seconds=300.0, context="auto", window=batching.TRAINED, num_processes=4
+        SECONDS, batch_seconds=300.0, window_mode="auto", margin=windows.TRAINED, num_processes=4
     )
-    held = [sum(batch.windows) / batching.POSITIONS_PER_SECOND for batch in batches]
+    held = [sum(batch.windows) / windows.POSITIONS_PER_SECOND for batch in batches]
     assert len(batches) % 4 == 0
     assert max(held) < 1.1 * min(held)
-    assert max(held) < 300 + batches[0].context / batching.POSITIONS_PER_SECOND
+    assert max(held) < 300 + batches[0].window / windows.POSITIONS_PER_SECOND
 
 
 def test_a_loss_plan_has_one_window_a_batch():
-    windows = batching.cache_windows(SECONDS, "auto")
-    plan = batching.window_plan(SECONDS, windows, batch_seconds=60.0, label_lengths=LENGTHS)
+    own = windows.cache_windows(SECONDS, "auto")
+    plan = batching.window_plan(SECONDS, own, batch_seconds=60.0, label_lengths=LENGTHS)
     assert sorted(clip for batch in plan for clip in batch.clips) == list(range(len(SECONDS)))
     for batch in plan:
-        assert {windows[clip] for clip in batch.clips} == {batch.context}
+        assert {own[clip] for clip in batch.clips} == {batch.window}
         assert batch.label_length == LENGTHS[list(batch.clips)].max()
 
 
 def test_a_decoding_window_leaves_the_margin_that_keeps_base_models_from_looping():
-    window = batching.UNTRAINED
+    margin = windows.UNTRAINED
     for seconds in SECONDS:
-        context = batching.decode_context(seconds, "auto", window)
-        assert context >= batching.positions(seconds) + window.margin
-        assert context >= window.floor
-    assert batching.decode_context(29.0, "auto", window) == batching.FULL_CONTEXT
+        size = windows.decode_window(seconds, "auto", margin)
+        assert size >= windows.positions(seconds) + margin.margin
+        assert size >= margin.floor
+    assert windows.decode_window(29.0, "auto", margin) == windows.FULL_WINDOW
 
 
 def test_an_adapter_is_decoded_at_the_windows_it_was_trained_for():
-    assert batching.natural_window(batching.window_policy("auto")) == batching.TRAINED
-    assert batching.natural_window(batching.window_policy("full")) == batching.UNTRAINED
-    assert batching.natural_window(None) == batching.UNTRAINED
-    assert batching.natural_window({"context": "auto"}) == batching.TRAINED, "an older record"
-    policies = (batching.window_policy("auto"), batching.window_policy("full"), None)
-    assert [batching.trained_context(one) for one in policies] == ["natural", "full", "full"]
-    low, high = batching.TRAIN_MARGIN
+    assert windows.decode_margin(windows.window_policy("auto")) == windows.TRAINED
+    assert windows.decode_margin(windows.window_policy("full")) == windows.UNTRAINED
+    assert windows.decode_margin(None) == windows.UNTRAINED
+    assert windows.decode_margin({"context": "auto"}) == windows.TRAINED, "an older record"
+    policies = (windows.window_policy("auto"), windows.window_policy("full"), None)
+    assert [windows.trained_mode(one) for one in policies] == ["natural", "full", "full"]
+    low, high = windows.TRAIN_MARGIN
     for seconds in SECONDS:
-        margin = batching.decode_context(seconds, "auto", batching.TRAINED)
-        margin -= batching.positions(seconds)
-        assert low <= batching.TRAINED.margin <= margin < high + batching.DECODE_MULTIPLE
+        margin = windows.decode_window(seconds, "auto", windows.TRAINED)
+        margin -= windows.positions(seconds)
+        assert low <= windows.TRAINED.margin <= margin < high + windows.DECODE_MULTIPLE

@@ -25,7 +25,7 @@ def rows_of(tokenizer, texts):
 
 def collate(tokenizer, texts, **shape):
     collator = SpeechCollator(tiny.START, tiny.END)
-    return collator(rows_of(tokenizer, texts), **({"context": 250, "label_length": 60} | shape))
+    return collator(rows_of(tokenizer, texts), **({"window": 250, "label_length": 60} | shape))
 
 
 def test_decoder_inputs_have_one_start_token_and_are_the_labels_shifted(tokenizer):
@@ -60,7 +60,7 @@ def test_a_label_row_without_start_token_is_an_error_naming_the_clip(tokenizer):
     rows = rows_of(tokenizer, ["एक"])
     rows[0]["labels"] = rows[0]["labels"][1:]
     with pytest.raises(ValueError, match="clip0"):
-        SpeechCollator(tiny.START, tiny.END)(rows, context=250, label_length=60)
+        SpeechCollator(tiny.START, tiny.END)(rows, window=250, label_length=60)
 
 
 def test_after_a_clip_comes_silence_up_to_the_window(tokenizer):
@@ -73,6 +73,6 @@ def test_after_a_clip_comes_silence_up_to_the_window(tokenizer):
 
 def test_filler_rows_add_nothing_to_the_loss(tokenizer):
     collator = SpeechCollator(tiny.START, tiny.END)
-    batch = collator([*rows_of(tokenizer, ["एक"]), None], context=250, label_length=60)
+    batch = collator([*rows_of(tokenizer, ["एक"]), None], window=250, label_length=60)
     assert (batch["labels"][1] == IGNORED).all()
     assert (batch["waves"][1] == 0).all()

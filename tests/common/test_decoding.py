@@ -10,6 +10,7 @@ import torch
 from tiny import waves
 from transformers import WhisperForConditionalGeneration
 
+from common import adapter as adapter_files
 from common import decoding, labels, whisper
 
 
@@ -37,7 +38,7 @@ def ending(base):
 
 def test_merged_and_unmerged_adapters_decode_the_same_tokens(adapted):
     unmerged = decode(adapted.get_base_model(), waves(), caps=[12, 20, 30])
-    with whisper.merged(adapted) as plain:
+    with adapter_files.merged(adapted) as plain:
         assert decode(plain, waves(), caps=[12, 20, 30]) == unmerged
 
 

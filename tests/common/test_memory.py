@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from transformers import WhisperConfig
 
 import train_lora
 from common import memory, whisper
+from training import lora
+from training.fit import fit_memory
 
 LARGE = WhisperConfig(
     d_model=1280, encoder_layers=32, decoder_layers=32, encoder_ffn_dim=5120, decoder_ffn_dim=5120,
@@ -25,8 +26,10 @@ STEP = """
 import json, sys
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
-from common import memory, whisper
+from common import memory
 from common.collator import label_positions
+from training import lora
+from training.loss import SpeechLoss
 clips, width, layers = map(int, sys.argv[1:])
 config = WhisperConfig(
     d_model=width, encoder_layers=layers, decoder_layers=layers, encoder_ffn_dim=4 * width,
@@ -34,16 +37,15 @@ config = WhisperConfig(
     vocab_size=51865, attn_implementation="sdpa",
 )
 base = WhisperForConditionalGeneration(config)
-whisper.take_any_window(base)
-whisper.return_loss_sum(base)
-model = whisper.add_lora(base, rank=32, alpha=64, targets=["q_proj", "v_proj"], dropout=0.05)
+model = lora.add_lora(base, rank=32, alpha=64, targets=["q_proj", "v_proj"], dropout=0.05)
 weights = memory.count_weights(model)
-model.train()
+speech_loss = SpeechLoss(model).train()
 optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
 for _ in range(2):
     labels = torch.randint(0, 50000, (clips, 30 * memory.TOKENS_PER_SECOND // 2))
-    model(
-        input_features=torch.randn(clips, 80, 3000), decoder_input_ids=labels, labels=labels,
+    speech_loss(
+        waves=torch.zeros(clips, 480_000, dtype=torch.int16), decoder_input_ids=labels,
+        labels=labels,
         label_positions=label_positions(labels), clip_seeds=torch.arange(clips),
     ).backward()
     optimizer.step()
@@ -107,7 +109,7 @@ def test_what_takes_more_memory_is_predicted_to():
 
 def test_weights_are_counted_once_with_the_scales_of_four_bits(checkpoint):
     base = whisper.load_base(str(checkpoint), dtype=torch.float32)
-    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0)
+    model = lora.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0)
     numbers = [one.numel() for one in model.parameters() if one.requires_grad]
     whole = sum(one.numel() for one in model.parameters()) - sum(numbers)
     assert memory.count_weights(model) == memory.Weights(4 * whole, sum(numbers))
@@ -118,7 +120,7 @@ def test_weights_are_counted_once_with_the_scales_of_four_bits(checkpoint):
     assert len(scales) == 2 * 6 + 2 * 10
     parameters = sum(
         one.nbytes
-        for one in whisper.add_lora(
+        for one in lora.add_lora(
             packed, rank=4, alpha=8, targets=["q_proj"], dropout=0.0
         ).parameters()
         if not one.requires_grad
@@ -153,15 +155,17 @@ def test_loading_a_model_does_not_lessen_what_a_process_may_hold(monkeypatch):
 
 def test_the_micro_batch_fits_what_the_process_may_hold(checkpoint):
     base = whisper.load_base(str(checkpoint), dtype=torch.float32)
-    config = train_lora.Config(lora_targets="q_proj,fc2", lora_rank=4)
+    config = train_lora.Config(lora_targets="q_proj,fc2", lora_rank=4, precision="fp32")
     model = train_lora.trainable_model(config, base)
-    step = memory.Step("cpu", bytes_per_value=4, lora_targets=("q_proj", "fc2"))
+    accelerator = Accelerator(cpu=True)
+    step = train_lora.memory_step(config, accelerator.device)
+    assert step == memory.Step("cpu", bytes_per_value=4, lora_targets=("q_proj", "fc2"))
     whole = memory.predict_gib(base.config, memory.count_weights(model), step, seconds=30.0)
     for spare in (0.001, -0.001):
-        found = train_lora.fit_memory(config, Accelerator(cpu=True), model, whole + spare)
-        assert found.checkpointing == (spare < 0)
-    given = replace(config, max_batch_seconds=30.0)
-    assert train_lora.fit_memory(given, Accelerator(cpu=True), model, 0.0).predicted_gib == whole
+        plan = fit_memory(accelerator, model, step, max_batch_seconds=0, memory_gib=whole + spare)
+        assert plan.checkpointing == (spare < 0)
+    given = fit_memory(accelerator, model, step, max_batch_seconds=30.0, memory_gib=0.1)
+    assert given.predicted_gib == whole
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from short_run import small_options, train
 
-from common import cli, engine, gpu, precision
+from common import cli, gpu, precision
+from training import engine
 
 
 @pytest.fixture
@@ -167,10 +168,11 @@ OPEN = """
 import os, sys
 sys.path[:0] = ["tests", "."]
 import torch
-from common import cli, engine
+from common import cli
+from common.accelerator import open_accelerator
 rank = int(os.environ["RANK"])
 try:
-    engine.open_accelerator(precision=("fp16", "bf16")[rank], timeout_minutes=1.0)
+    open_accelerator(precision=("fp16", "bf16")[rank], timeout_minutes=1.0)
 except cli.UserError as error:
     print(f"rank {rank}: {error}", flush=True)
 """

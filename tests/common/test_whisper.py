@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import features
 from transformers import WhisperForConditionalGeneration
 
+from common import adapter as adapter_files
 from common import cli, decoding, whisper
+from training import lora
 
 
 def logits(model, inputs):
@@ -38,14 +40,14 @@ def test_a_short_window_is_the_stock_encoder_with_a_shorter_position_table(base,
     inputs = features(2, 600)
     with torch.no_grad():
         expected = encoder(inputs).last_hidden_state
-        got = base.model.encoder(inputs).last_hidden_state
+        got = whisper.run_encoder(base.model.encoder, inputs)
     assert got.shape == (2, 300, 64)
     assert torch.equal(got, expected)
 
 
 def test_merging_for_a_while_gives_the_weights_back_bit_for_bit(adapted):
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
-    with whisper.merged(adapted):
+    with adapter_files.merged(adapted):
         pass
     after = adapted.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -67,7 +69,7 @@ def test_only_lora_parameters_are_trainable(adapted):
 
 @pytest.mark.parametrize(("scope", "encoder_layers"), [("decoder", []), ("top_1", [1])])
 def test_a_scope_adapts_the_decoder_and_the_last_encoder_layers(base, scope, encoder_layers):
-    model = whisper.add_lora(
+    model = lora.add_lora(
         base, rank=4, alpha=8, targets=["q_proj", "v_proj"], dropout=0.0, scope=scope
     )
     adapted = [name for name, one in model.named_parameters() if one.requires_grad]
@@ -78,19 +80,16 @@ def test_a_scope_adapts_the_decoder_and_the_last_encoder_layers(base, scope, enc
 
 
 def test_a_frozen_encoder_keeps_no_graph(base):
-    model = whisper.add_lora(
-        base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0, scope="decoder"
-    )
-    assert not base.model.encoder(features(1)).last_hidden_state.requires_grad
+    model = lora.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0, scope="decoder")
+    assert not whisper.run_encoder(base.model.encoder, features(1)).requires_grad
     tokens = torch.tensor([[257, 300, 5, 9]])
-    assert model(input_features=features(1), decoder_input_ids=tokens).logits.requires_grad
+    assert model(input_features=features(1, 3000), decoder_input_ids=tokens).logits.requires_grad
 
 
 def drawn(p, widths, seeds):
     """The dropouts of adapters of these widths, with their masks for clips of these seeds."""
-    masks = whisper.DropoutMasks()
-    dropouts = [masks.add(p, width) for width in widths]
-    masks.draw(torch.tensor(seeds))
+    dropouts = [lora.FeatureDropout(p, width) for width in widths]
+    lora.DropoutMasks(torch.nn.ModuleList(dropouts)).draw(torch.tensor(seeds))
     return dropouts
 
 
@@ -123,13 +122,13 @@ def test_masks_drawn_together_are_those_drawn_one_by_one(monkeypatch):
                 x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
             return (x >> 16) ^ x
 
-        rows = [scatter(seed + number * whisper.FEATURE_ROOM) for seed in seeds]
+        rows = [scatter(seed + number * lora.FEATURE_ROOM) for seed in seeds]
         kept = [[scatter(row + at) >= 0.05 * 2**32 for at in range(width)] for row in rows]
         return torch.tensor(kept) / 0.95
 
     widths, seeds = [8, 32, 8, 8, 32], [3, 2**32 - 1]
     for at_once in (1, 40, 2**23):
-        monkeypatch.setattr(whisper, "MASKED_AT_ONCE", at_once)
+        monkeypatch.setattr(lora, "MASKED_AT_ONCE", at_once)
         for number, dropout in enumerate(drawn(0.05, widths, seeds)):
             assert torch.equal(dropout.mask[:, 0], mask(number, widths[number], seeds))
 
@@ -137,12 +136,14 @@ def test_masks_drawn_together_are_those_drawn_one_by_one(monkeypatch):
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_a_quantised_base_trains_its_adapter_in_float32(checkpoint, quantize):
     base = whisper.load_base(str(checkpoint), dtype=torch.float32, quantize=quantize)
-    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0)
+    model = lora.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0)
     kinds = {type(m).__name__ for m in base.modules() if "Linear" in type(m).__name__}
     assert any(kind in kinds for kind in ("Linear8bitLt", "Linear4bit")), kinds
 
     tokens = torch.tensor([[257, 300, 5, 9]]).expand(2, -1)
-    model(input_features=features(2), decoder_input_ids=tokens).logits.float().sum().backward()
+    model(
+        input_features=features(2, 3000), decoder_input_ids=tokens
+    ).logits.float().sum().backward()
     grads = [one.grad for name, one in model.named_parameters() if "lora_B" in name]
     assert all(grad.dtype == torch.float32 and grad.abs().sum() > 0 for grad in grads)
     decoding.decode(
@@ -154,7 +155,7 @@ def test_a_quantised_base_trains_its_adapter_in_float32(checkpoint, quantize):
 def test_quantised_layers_compute_in_the_dtype_of_autocast(checkpoint, quantize):
     """They keep and multiply what they are given; autocast's LayerNorm would give float32."""
     base = whisper.load_base(str(checkpoint), dtype=torch.float32, quantize=quantize)
-    model = whisper.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0)
+    model = lora.add_lora(base, rank=4, alpha=8, targets=["q_proj"], dropout=0.0)
     given = {}
 
     def note(name):
@@ -165,10 +166,10 @@ def test_quantised_layers_compute_in_the_dtype_of_autocast(checkpoint, quantize)
             module.register_forward_hook(note(name))
     tokens = torch.tensor([[257, 300, 5, 9]])
     with torch.autocast("cpu", torch.bfloat16):
-        model(input_features=features(1), decoder_input_ids=tokens)
+        model(input_features=features(1, 3000), decoder_input_ids=tokens)
     assert len(given) == 2 * 6 + 2 * 10
     assert set(given.values()) == {(torch.bfloat16, torch.bfloat16)}
-    model(input_features=features(1), decoder_input_ids=tokens)
+    model(input_features=features(1, 3000), decoder_input_ids=tokens)
     assert set(given.values()) == {(torch.float32, torch.float32)}, "as is without autocast"
 
 
@@ -184,9 +185,9 @@ def test_an_adapter_that_does_not_fit_is_a_user_error(adapted, tmp_path, tmp_pat
     wider = tiny.make_checkpoint(tmp_path_factory.mktemp("wider"), width=96)
     base = whisper.load_base(str(wider), dtype=torch.float32)
     with pytest.raises(cli.UserError, match=r"--adapter .* does not fit --model"):
-        whisper.load_adapter(base, str(tmp_path / "adapter"))
+        adapter_files.load_adapter(base, str(tmp_path / "adapter"))
     with pytest.raises(cli.UserError, match="no LoRA adapter there"):
-        whisper.load_adapter(base, str(tmp_path))
+        adapter_files.load_adapter(base, str(tmp_path))
 
 
 WEIGHTS = {  # what was done to a checkpoint's 89 tensors: missing, foreign, of other shapes
@@ -220,7 +221,8 @@ def test_sinusoids_that_a_checkpoint_leaves_out_are_computed(checkpoint, tmp_pat
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     model = whisper.load_base(str(copy), dtype=torch.float32).eval()
     whole = whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
-    assert torch.equal(logits(model, features(2)), logits(whole, features(2)))
+    inputs = features(2, 3000)
+    assert torch.equal(logits(model, inputs), logits(whole, inputs))
 
 
 @pytest.mark.parametrize(
@@ -270,14 +272,14 @@ def save_adapter(folder, model, config):
     return logits(adapted.eval(), features(2, 3000))
 
 
-def lora(targets=QUERIES, **options):
+def lora_config(targets=QUERIES, **options):
     return LoraConfig(r=4, lora_alpha=8, target_modules=[*targets], **options)
 
 
 def refusal(checkpoint, folder):
     base = whisper.load_base(str(checkpoint), dtype=torch.float32)
     with pytest.raises(cli.UserError) as error:
-        whisper.load_merged(base, str(folder))
+        adapter_files.load_merged(base, str(folder))
     assert str(error.value).startswith(f"--adapter {folder}: ")
     assert "\n" not in str(error.value)
     return str(error.value).removeprefix(f"--adapter {folder}: ")
@@ -287,7 +289,7 @@ def refusal(checkpoint, folder):
 def test_an_adapter_whose_tensors_are_not_the_models_is_refused_with_their_number(
     checkpoint, tmp_path, rename, foreign, missing
 ):
-    save_adapter(tmp_path, stock(checkpoint), lora())
+    save_adapter(tmp_path, stock(checkpoint), lora_config())
     file = tmp_path / "adapter_model.safetensors"
     tensors = {rename(name): one for name, one in load_file(file).items()}
     tensors.pop("", None)
@@ -299,21 +301,23 @@ def test_an_adapter_whose_tensors_are_not_the_models_is_refused_with_their_numbe
 
 def test_an_adapter_of_a_deeper_model_is_refused(checkpoint, tmp_path):
     deeper = tiny.make_checkpoint(tmp_path / "deeper", layers=3)
-    save_adapter(tmp_path / "adapter", stock(deeper), lora())
+    save_adapter(tmp_path / "adapter", stock(deeper), lora_config())
     told = refusal(checkpoint, tmp_path / "adapter")
     assert "12 of its 36 tensors do not belong to --model" in told
 
 
 KINDS = {
-    "LoRA": lora(),
-    "DoRA": lora(use_dora=True),
-    "on the output layer": lora([*QUERIES, "proj_out"]),
-    "on the token embedding": lora([*QUERIES, "embed_tokens"]),
-    "on both": lora([*QUERIES, "embed_tokens", "proj_out"]),
-    "on both, kept tied": lora([*QUERIES, "embed_tokens", "proj_out"], ensure_weight_tying=True),
-    "a trained output layer": lora(modules_to_save=["proj_out"]),
-    "trained biases": lora(bias="all"),
-    "trained tokens": lora(trainable_token_indices={"embed_tokens": [3, 5, 9]}),
+    "LoRA": lora_config(),
+    "DoRA": lora_config(use_dora=True),
+    "on the output layer": lora_config([*QUERIES, "proj_out"]),
+    "on the token embedding": lora_config([*QUERIES, "embed_tokens"]),
+    "on both": lora_config([*QUERIES, "embed_tokens", "proj_out"]),
+    "on both, kept tied": lora_config(
+        [*QUERIES, "embed_tokens", "proj_out"], ensure_weight_tying=True
+    ),
+    "a trained output layer": lora_config(modules_to_save=["proj_out"]),
+    "trained biases": lora_config(bias="all"),
+    "trained tokens": lora_config(trainable_token_indices={"embed_tokens": [3, 5, 9]}),
     "IA3": peft.IA3Config(target_modules=[*QUERIES, "fc2"], feedforward_modules=["fc2"]),
 }
 
@@ -324,7 +328,7 @@ def test_a_merged_adapter_has_the_logits_that_plain_peft_has_unmerged(checkpoint
     expected = save_adapter(tmp_path, stock(checkpoint), config)
     base = whisper.load_base(str(checkpoint), dtype=torch.float32)
     before = logits(base.eval(), features(2, 3000))
-    got = logits(whisper.load_merged(base, str(tmp_path)).eval(), features(2, 3000))
+    got = logits(adapter_files.load_merged(base, str(tmp_path)).eval(), features(2, 3000))
     assert (got - expected).abs().max() < 1e-3
     assert (got - before).abs().max() > 1
 
@@ -333,32 +337,32 @@ def test_an_adapter_that_is_not_in_the_weights_is_refused_by_its_kind(checkpoint
     prefix = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)
     get_peft_model(stock(checkpoint), prefix).save_pretrained(tmp_path / "prefix")
     assert "is of the kind PREFIX_TUNING" in refusal(checkpoint, tmp_path / "prefix")
-    save_adapter(tmp_path / "a", stock(checkpoint), lora(alora_invocation_tokens=[3, 4]))
+    save_adapter(tmp_path / "a", stock(checkpoint), lora_config(alora_invocation_tokens=[3, 4]))
     assert "cannot be added into the weights" in refusal(checkpoint, tmp_path / "a")
 
 
 def test_the_reason_why_an_adapter_does_not_fit_is_told(checkpoint, tmp_path):
     longer = stock(checkpoint)
     longer.resize_token_embeddings(longer.config.vocab_size + 3, mean_resizing=False)
-    save_adapter(tmp_path / "longer", longer, lora())
+    save_adapter(tmp_path / "longer", longer, lora_config())
     told = refusal(checkpoint, tmp_path / "longer")
     assert "decoder.embed_tokens.weight: 366 x 64 there, 363 x 64 here" in told
     assert "its run changed the vocabulary" in told
 
     wider = tiny.make_checkpoint(tmp_path / "wider", width=96)
-    save_adapter(tmp_path / "wide", stock(wider), lora())
+    save_adapter(tmp_path / "wide", stock(wider), lora_config())
     told = refusal(checkpoint, tmp_path / "wide")
     assert "24 of its tensors have other shapes" in told
     assert f"give what it was trained on, {wider}" in told
 
-    save_adapter(tmp_path / "norm", stock(checkpoint), lora(modules_to_save=["layer_norm"]))
+    save_adapter(tmp_path / "norm", stock(checkpoint), lora_config(modules_to_save=["layer_norm"]))
     file = tmp_path / "norm" / "adapter_model.safetensors"
     save_file({name: one for name, one in load_file(file).items() if "lora" in name}, file)
     assert "its file lacks base_model.model.model." in refusal(checkpoint, tmp_path / "norm")
 
 
 def test_an_adapters_file_that_is_damaged_or_not_finite_is_refused(checkpoint, tmp_path):
-    save_adapter(tmp_path / "whole", stock(checkpoint), lora())
+    save_adapter(tmp_path / "whole", stock(checkpoint), lora_config())
     whole = (tmp_path / "whole" / "adapter_model.safetensors").read_bytes()
     for content in (whole[:3000], b"version https://git-lfs.github.com/spec/v1\n"):
         copy = shutil.copytree(tmp_path / "whole", tmp_path / "copy", dirs_exist_ok=True)

@@ -13,7 +13,7 @@ import eval_wer
 import train_lora
 from common import cli, predictions, whisper
 from common.prepared import load_prepared
-from evaluation import report
+from evaluation import report, systems
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ def test_a_clip_that_loops_or_is_cut_off_at_its_window_is_decoded_once_more_at_3
 ):
     passes, once = [], predictions._transcribe_once
 
-    def remember(model, tokenizer, dataset, batches, **options):
-        found = once(model, tokenizer, dataset, batches, **options)
+    def remember(model, tokenizer, dataset, batches, options):
+        found = once(model, tokenizer, dataset, batches, options)
         passes.append((batches, dict(found)))
         return found
 
@@ -269,10 +269,10 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(options, tmp_pa
 
 
 def test_a_recipe_of_another_program_is_no_record_and_a_damaged_one_is_refused(tmp_path):
-    assert eval_wer.read_record(str(tmp_path), "--adapter") is None
+    assert systems.read_record(str(tmp_path), "--adapter") is None
     for content in ("[1]", '{"steps": 3}'):
         (tmp_path / "recipe.json").write_text(content)
-        assert eval_wer.read_record(str(tmp_path), "--adapter") is None
+        assert systems.read_record(str(tmp_path), "--adapter") is None
     (tmp_path / "recipe.json").write_text('{"window": ')
     with pytest.raises(cli.UserError, match=r"--adapter .*: its recipe\.json is damaged"):
-        eval_wer.read_record(str(tmp_path), "--adapter")
+        systems.read_record(str(tmp_path), "--adapter")

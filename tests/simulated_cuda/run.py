@@ -2,8 +2,7 @@
 
 Takes a list of cases in JSON, prints a line of JSON for each. A process of its own, because the
 device must be there before torch is imported. The code that is run is the project's:
-`whisper.add_lora`, the model's forward pass under autocast as accelerate wraps it,
-`train_lora.token_loss_sum`, AdamW.
+`lora.add_lora`, `SpeechLoss` under autocast as accelerate wraps it, AdamW.
 """
 
 import dataclasses
@@ -39,7 +38,10 @@ from transformers.initialization import no_init_weights  # noqa: E402
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # noqa: E402
 
 import train_lora  # noqa: E402
+from common import adapter as adapter_files  # noqa: E402
 from common import audio, decoding, memory, whisper  # noqa: E402
+from training.loss import SpeechLoss  # noqa: E402
+from training.step import batch_loss  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_GRAD_NORM = 1.0
@@ -75,8 +77,6 @@ def make_base(case: Case) -> WhisperForConditionalGeneration:
     base.tie_weights()
     if case.quantize != "none":
         quantise(base, case.quantize, held)
-    whisper.take_any_window(base)
-    whisper.return_loss_sum(base)
     return base
 
 
@@ -158,7 +158,7 @@ def make_trained(case: Case) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A model that has been trained for a step, with gradients, and its optimizer."""
     base = make_base(case)
     config = train_lora.Config(tune=case.tune, lora_targets=case.targets, lora_scope=case.scope)
-    model = train_lora.trainable_model(config, base)
+    model = SpeechLoss(train_lora.trainable_model(config, base))
     if case.precision != "fp32":
         autocast_as_accelerate_does(model, DTYPES[case.precision])
     model.train()
@@ -174,18 +174,18 @@ def train(
     case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, meter: Any
 ) -> dict[str, Any]:
     """A micro-batch that adds to gradients which are there, and an optimizer step."""
-    base = whisper.base_of(model)
+    base = adapter_files.base_of(model.model)
     if case.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         base.gradient_checkpointing_disable()
     parameters = optimizer.param_groups[0]["params"]
-    weights = memory.count_weights(model)
+    weights = memory.count_weights(model.model)
     seen, hooks = watch_dtypes(base)
     inputs = make_inputs(case, base)
     start, meter.peak, meter.kernels = meter.live, meter.live, 0
     meter.ops.clear()
-    loss = train_lora.token_loss_sum(model, inputs)
+    loss = batch_loss(model, inputs)
     after_forward, forward_peak, forward_kernels = meter.live, meter.peak, meter.kernels
     loss.backward()
     backward_kernels = meter.kernels - forward_kernels

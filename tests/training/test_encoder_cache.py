@@ -10,12 +10,15 @@ import pytest
 import torch
 from short_run import records, small_options, train
 
-import train_lora
 from common import batching, cli, predictions, whisper
 from common.batching import MicroBatch
 from common.collator import load_batches
-from common.encoder_cache import EncoderCache
 from common.prepared import column, label_lengths, load_prepared
+from common.windows import cache_windows
+from training import plan
+from training.encoder_cache import EncoderCache
+from training.loss import SpeechLoss
+from training.step import batch_loss
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def losses(options):
 def test_a_batch_of_cached_states_has_the_loss_of_its_audio(checkpoint, prepared, tmp_path):
     split = load_prepared(str(prepared))[0]["train"]
     model = whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
-    windows = batching.cache_windows(column(split, "seconds"), "auto")
+    windows = cache_windows(column(split, "seconds"), "auto")
     cache = EncoderCache(tmp_path, windows, model.config.d_model, torch.float32)
     same = np.flatnonzero(windows == windows[0])[:3].tolist()
     batch = MicroBatch((*same, None), int(windows[0]), int(label_lengths(split)[same].max()) - 1)
@@ -39,13 +42,12 @@ def test_a_batch_of_cached_states_has_the_loss_of_its_audio(checkpoint, prepared
     with torch.no_grad():
         (heard,) = load_batches(split, [batch], collate, num_workers=0)
         states = whisper.encode(model, heard["waves"])
-        cache.fill(MicroBatch(tuple(same), batch.context, 0), states)
+        cache.fill(MicroBatch(tuple(same), batch.window, 0), states)
         (read,) = load_batches(split, [batch], collate, num_workers=0, cache=cache)
         assert "waves" not in read
-        expected = train_lora.token_loss_sum(model, heard)
-        assert train_lora.token_loss_sum(model, read).item() == pytest.approx(
-            expected.item(), rel=1e-6
-        )
+        speech_loss = SpeechLoss(model)
+        expected = batch_loss(speech_loss, heard)
+        assert batch_loss(speech_loss, read).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_a_run_with_cached_states_has_the_losses_of_one_that_encodes(
@@ -53,7 +55,7 @@ def test_a_run_with_cached_states_has_the_losses_of_one_that_encodes(
 ):
     train(options)
     encoded = lambda *given, cache=None, **more: load_batches(*given, **more)  # noqa: E731
-    monkeypatch.setattr(train_lora, "load_batches", encoded)
+    monkeypatch.setattr(plan, "load_batches", encoded)
     encoding = options | {"output_dir": str(tmp_path / "encoding")}
     train(encoding)
     assert np.allclose(losses(options), losses(encoding), rtol=1e-5)
@@ -107,10 +109,10 @@ def test_an_encoder_that_is_trained_cannot_be_cached(options):
 
 def test_clips_of_one_window_meet_and_every_clip_passes_once():
     seconds = np.random.default_rng(0).uniform(1, 12, size=203)
-    windows = batching.cache_windows(seconds, "auto")
+    windows = cache_windows(seconds, "auto")
     plan = batching.plan(seconds, global_batch_size=8, seed=1, epoch=0, windows=windows)
     assert sorted(clip for batch in plan for clip in batch.clips) == list(range(203))
-    own = sum(windows[clip] == batch.context for batch in plan for clip in batch.clips)
+    own = sum(windows[clip] == batch.window for batch in plan for clip in batch.clips)
     assert own > 0.8 * 203, f"only {own} clips have their own window"
     mixed = sum(len(set(windows[list(batch.clips)])) > 1 for batch in plan)
     assert 0 < mixed < 0.4 * len(plan), f"{mixed} of {len(plan)} batches mix windows"
@@ -120,7 +122,7 @@ def test_clips_of_one_window_meet_and_every_clip_passes_once():
 def test_a_piece_has_one_window_and_ranks_get_the_same_shapes(num_processes):
     random = np.random.default_rng(0)
     seconds, lengths = random.uniform(1, 12, size=203), random.integers(5, 90, size=203)
-    windows = batching.cache_windows(seconds, "auto")
+    windows = cache_windows(seconds, "auto")
     plan = batching.plan(seconds, global_batch_size=8, seed=1, epoch=0, windows=windows)
     for batch in plan:
         ranks = [
@@ -130,10 +132,10 @@ def test_a_piece_has_one_window_and_ranks_get_the_same_shapes(num_processes):
             )
             for rank in range(num_processes)
         ]  # fmt: skip
-        shapes = [[(len(m.clips), m.context, m.label_length) for m in rank] for rank in ranks]
+        shapes = [[(len(m.clips), m.window, m.label_length) for m in rank] for rank in ranks]
         assert all(shape == shapes[0] for shape in shapes)
         pieces = [piece for rank in ranks for piece in rank]
         clips = [clip for piece in pieces for clip in piece.clips if clip is not None]
         assert sorted(clips) == sorted(batch.clips)
         for piece in pieces:
-            assert {windows[clip] for clip in piece.clips if clip is not None} <= {piece.context}
+            assert {windows[clip] for clip in piece.clips if clip is not None} <= {piece.window}

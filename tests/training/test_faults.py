@@ -36,9 +36,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from short_run import records, small_options, train
 
-import train_lora
-from common import cli, engine
+from common import cli
 from training import checkpoint as checkpoints
+from training import engine, sharded
+from training import step as steps
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_other_options_resume_where_that_is_asked_for(options, capsys):
     train(options | {"max_steps": 4})
     train(options | {"weight_decay": 0.1, "resume_changed": True})
     out = capsys.readouterr().out
-    assert "warning: goes on with other options: --max_steps 6 (was 4), --weight_decay 0.1" in out
+    assert "warning: resumes with other options: --max_steps 6 (was 4), --weight_decay 0.1" in out
     with pytest.raises(cli.UserError, match="holds other parameters than this run trains"):
         train(options | {"lora_rank": 8, "weight_decay": 0.1, "resume_changed": True})
 
@@ -165,8 +166,8 @@ def test_other_options_resume_where_that_is_asked_for(options, capsys):
 
 
 def test_a_batch_of_nan_is_named_written_down_and_kept_out(options, monkeypatch):
-    stock = train_lora.token_loss_sum
-    monkeypatch.setattr(train_lora, "token_loss_sum", lambda *a: stock(*a) * math.nan)
+    stock = steps.batch_loss
+    monkeypatch.setattr(steps, "batch_loss", lambda *a: stock(*a) * math.nan)
     with pytest.raises(cli.UserError, match=r"see .*bad_batch\.json\)") as error:
         train(options | {"seed": 1})
     told = json.loads(Path(options["output_dir"], "bad_batch.json").read_text())
@@ -189,7 +190,7 @@ def test_no_step_is_taken_from_a_gradient_that_is_not_finite_on():
         seen.append(weight.tolist())
     assert seen[0] != [1.0, 1.0, 1.0]
     assert seen[0] == seen[1] == seen[2]
-    assert engine.steps_taken(optimizer) == 1
+    assert sharded.steps_taken(optimizer) == 1
 
 
 @pytest.mark.parametrize(

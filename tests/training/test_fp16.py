@@ -13,13 +13,14 @@ from accelerate.state import AcceleratorState
 from short_run import records, small_options, train
 
 import train_lora
-from common import cli, engine, precision
+from common import cli, precision
+from training import step as steps
 
 
 @pytest.fixture
 def fp16(monkeypatch):
     """Give runs a scaler that begins at a chosen scale."""
-    stock = engine.open_accelerator
+    stock = train_lora.open_accelerator
 
     def with_scale(scale):
         def opened(**options):
@@ -30,7 +31,7 @@ def fp16(monkeypatch):
                 accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
             return accelerator
 
-        monkeypatch.setattr(engine, "open_accelerator", opened)
+        monkeypatch.setattr(train_lora, "open_accelerator", opened)
 
     monkeypatch.setattr(precision, "choose", lambda asked: "fp16" if asked == "auto" else asked)
     return with_scale
@@ -85,8 +86,8 @@ def test_steps_that_overflow_are_skipped_and_counted_and_training_goes_on(option
 
 def test_a_run_whose_every_step_overflows_ends_with_the_clips(options, fp16, monkeypatch):
     fp16(2.0**10)
-    stock = train_lora.token_loss_sum
-    monkeypatch.setattr(train_lora, "token_loss_sum", lambda *a: stock(*a) * math.nan)
+    stock = steps.batch_loss
+    monkeypatch.setattr(steps, "batch_loss", lambda *a: stock(*a) * math.nan)
     with pytest.raises(cli.UserError, match=r"norm is nan in step 21 \(clips .*train_"):
         train(options | {"max_steps": 60, "save_every": 5})
     assert "loss" not in Path(options["output_dir"], "metrics.jsonl").read_text()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import loss
+from training import loss
 
 
 def example(tokens, dtype=torch.float64):

@@ -27,6 +27,9 @@ from common.batching import MicroBatch
 from common.collator import load_batches
 from common.prepared import label_lengths, load_prepared
 from training import checkpoint as checkpoint_files
+from training import step as steps
+from training import validation
+from training.loss import SpeechLoss
 
 
 @pytest.fixture
@@ -111,9 +114,9 @@ def test_the_summed_loss_over_tokens_is_the_models_own_mean(checkpoint, prepared
     batches = [MicroBatch((0, 1, 2), 400, longest)]
     (inputs,) = load_batches(train_split, batches, predictions.collator_for(model), num_workers=0)
     with torch.no_grad():
-        own = train_lora.token_loss_sum(model, dict(inputs)) / (inputs["labels"] != -100).sum()
-        features = whisper.features(model, inputs["waves"])
-        stock = model(input_features=features, labels=inputs["labels"]).loss
+        own = steps.batch_loss(SpeechLoss(model), inputs) / (inputs["labels"] != -100).sum()
+        states = whisper.encode(model, inputs["waves"])
+        stock = model(encoder_outputs=(states,), labels=inputs["labels"]).loss
     assert own.item() == pytest.approx(stock.item(), rel=1e-5)
 
 
@@ -293,17 +296,17 @@ def test_memory_that_runs_out_halves_the_pieces_and_not_the_loss(
 ):
     plain = options | {"lora_dropout": 0.0, "max_batch_seconds": 120.0, "eval_every": 100}
     train(plain)
-    stock = train_lora.token_loss_sum
+    stock = steps.batch_loss
 
     def fails_on_two_clips(model, inputs):
         if model.training and len(inputs["labels"]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return stock(model, inputs)
 
-    monkeypatch.setattr(train_lora, "token_loss_sum", fails_on_two_clips)
+    monkeypatch.setattr(steps, "batch_loss", fails_on_two_clips)
     halved = plain | {"output_dir": str(tmp_path / "halved")}
     train(halved)
-    assert "pieces are cut in 4 from here on" in capsys.readouterr().out
+    assert "pieces are cut into 4 from here on" in capsys.readouterr().out
     expected, got = records(plain, "loss"), records(halved, "loss")
     assert np.allclose(list(expected.values()), list(got.values()), rtol=1e-5)
 
@@ -312,7 +315,7 @@ def test_a_step_that_starts_again_has_the_gradient_of_one_that_does_not(
     options, monkeypatch, tmp_path
 ):
     """Memory runs out in the first, second or last of four pieces, before or after its graph."""
-    stock = train_lora.token_loss_sum
+    stock = steps.batch_loss
     pieces = {"context": "full", "max_batch_seconds": 60.0, "global_batch_size": 7}
     plain = options | pieces | {"lora_dropout": 0.5, "max_steps": 2, "eval_every": 100}
     train(plain)
@@ -326,7 +329,7 @@ def test_a_step_that_starts_again_has_the_gradient_of_one_that_does_not(
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return stock(model, inputs)
 
-        monkeypatch.setattr(train_lora, "token_loss_sum", fails_once)
+        monkeypatch.setattr(steps, "batch_loss", fails_once)
         again = plain | {"output_dir": str(tmp_path / f"{failing}_{computed}")}
         train(again)
         assert next(calls) == failing + 1 + 2 * 7, "two steps of a clip a piece"
@@ -339,8 +342,7 @@ def test_memory_that_cannot_hold_one_clip_is_a_user_error(options, monkeypatch):
     def fails(model, inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train_lora, "validation_loss", lambda *a: 0.0)
-    monkeypatch.setattr(train_lora, "token_loss_sum", fails)
+    monkeypatch.setattr(steps, "batch_loss", fails)
     with pytest.raises(cli.UserError, match=r"--max_batch_seconds .* step 1 does not fit"):
         train(options)
 
@@ -404,20 +406,21 @@ def test_a_checkpoint_is_there_before_an_evaluation_that_fails_and_a_resume_make
 ):
     whole = options | {"wer_every": 2, "output_dir": str(tmp_path / "whole")}
     train(whole)
-    stock = train_lora.evaluate_wer
+    stock = validation.word_error_rates
 
-    def fails(run, step):
-        assert step != failing, "evaluated too early"
-        stock(run, step)
+    def fails(*given):
+        assert next(calls) != 0, "evaluated too early"
+        return stock(*given)
 
-    monkeypatch.setattr(train_lora, "evaluate_wer", fails)
-    for failing in (2, 6):
+    monkeypatch.setattr(validation, "word_error_rates", fails)
+    for failing, step in ((0, 2), (2, 6)):  # resumed, it evaluates after steps 2, 4 and 6
+        calls = itertools.count(-failing)
         with pytest.raises(AssertionError, match="evaluated too early"):
             train(options | {"wer_every": 2})
-        folder = launch.Path(options["output_dir"], "checkpoints", f"step-{failing:08d}")
+        folder = launch.Path(options["output_dir"], "checkpoints", f"step-{step:08d}")
         assert not checkpoint_files.read_state(folder)["evaluated"]
     assert set(adapter(options)) == set(adapter(whole)), "the trained adapter is kept"
-    monkeypatch.setattr(train_lora, "evaluate_wer", stock)
+    monkeypatch.setattr(validation, "word_error_rates", stock)
     train(options | {"wer_every": 2})
     assert checkpoint_files.read_state(folder)["evaluated"]
     for key in ("loss", "eval_loss", "wer_raw"):
@@ -429,12 +432,12 @@ def test_validation_clips_are_decoded_in_batches_that_fit_the_free_memory_in_the
     options, monkeypatch
 ):
     """Planned as eval_wer.py does, whatever seconds are trained on at once."""
-    stock, planned, autocast = train_lora.predictions.transcribe, [], []
+    stock, planned, autocast = predictions.transcribe, [], []
 
-    def transcribe(model, tokenizer, dataset, batches, **given):
+    def transcribe(model, tokenizer, dataset, batches, options):
         planned.append(len(batches))
         autocast.append(torch.is_autocast_enabled("cpu"))
-        return stock(model, tokenizer, dataset, batches, **given)
+        return stock(model, tokenizer, dataset, batches, options)
 
     monkeypatch.setattr(predictions, "transcribe", transcribe)
     full = {"tune": "full", "learning_rate": 1e-4, "precision": "bf16", "max_batch_seconds": 1e4}
@@ -500,20 +503,20 @@ def test_labels_of_another_tokenizer_are_refused(options, prepared, tmp_path):
 def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_clips(
     options, monkeypatch
 ):
-    stock = train_lora.token_loss_sum
-    monkeypatch.setattr(train_lora, "token_loss_sum", lambda *a: stock(*a) * math.inf)
+    stock = steps.batch_loss
+    monkeypatch.setattr(steps, "batch_loss", lambda *a: stock(*a) * math.inf)
     with pytest.raises(cli.UserError, match=r"norm is nan in step 1 \(clips .*train_0"):
         train(options | {"eval_every": 1000})
 
 
 def test_a_gradient_that_is_not_finite_between_log_lines_keeps_nothing_of_it(options, monkeypatch):
-    stock, calls = train_lora.token_loss_sum, itertools.count()
+    stock, calls = steps.batch_loss, itertools.count()
 
     def spoilt(model, inputs):
         loss = stock(model, inputs)
         return loss * (math.nan if model.training and next(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(train_lora, "token_loss_sum", spoilt)
+    monkeypatch.setattr(steps, "batch_loss", spoilt)
     more = {"max_batch_seconds": 1000.0, "log_every": 5, "save_every": 2, "eval_every": 1000}
     with pytest.raises(cli.UserError, match=r"norm is nan in step 3 \(clips "):
         train(options | more)

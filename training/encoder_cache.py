@@ -2,11 +2,13 @@
 
 A clip's window is then a function of the clip alone, so that one output serves all epochs.
 
-Legend: C encoder positions, D width.
+Legend: B batch, C encoder positions, D width.
 """
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
+from common import batching, whisper
+from common.accelerator import say
 from common.batching import MicroBatch
 from common.cli import UserError
+from common.collator import SpeechCollator, load_batches
 from common.files import write_json
+from common.prepared import column
+from common.progress import track
+from training.step import TrainState
+from training.validation import decoding_model
 
 SPARE_SHARE = 0.05  # of the free disk, left for checkpoints and logs
 
@@ -27,13 +37,13 @@ class EncoderCache:
     """States of all clips of a dataset in one file, clip after clip."""
 
     folder: Path
-    contexts: np.ndarray  # (clips,) positions of each clip's own window
+    windows: np.ndarray  # (clips,) positions of each clip's own window
     width: int  # D
     dtype: torch.dtype
 
     @property
     def num_values(self) -> int:
-        return int(self.contexts.sum()) * self.width
+        return int(self.windows.sum()) * self.width
 
     @property
     def num_bytes(self) -> int:
@@ -47,7 +57,7 @@ class EncoderCache:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.contexts, dtype=np.int64)]) * self.width
+        return np.concatenate([[0], np.cumsum(self.windows, dtype=np.int64)]) * self.width
 
     def clip(self, clip: int) -> torch.Tensor:
         """The states (C, D) of one clip, to read or to fill in."""
@@ -56,7 +66,7 @@ class EncoderCache:
 
     def read(self, batch: MicroBatch) -> torch.Tensor:
         """The states (B, C, D) of clips of one window; zeros for filler."""
-        states = torch.zeros(len(batch.clips), batch.context, self.width, dtype=self.dtype)
+        states = torch.zeros(len(batch.clips), batch.window, self.width, dtype=self.dtype)
         for row, clip in enumerate(batch.clips):
             if clip is not None:
                 states[row] = self.clip(clip)
@@ -71,11 +81,11 @@ class EncoderCache:
 def is_filled(cache: EncoderCache, identity: dict[str, Any]) -> bool:
     """Whether a complete cache of the same clips and model is there."""
     try:
-        told = json.loads((cache.folder / "cache.json").read_text(encoding="utf-8"))
+        made_for = json.loads((cache.folder / "cache.json").read_text(encoding="utf-8"))
         size = (cache.folder / "states.bin").stat().st_size
     except (OSError, ValueError):
         return False
-    return told == identity and size == cache.num_bytes
+    return made_for == identity and size == cache.num_bytes
 
 
 def make_room(cache: EncoderCache) -> None:
@@ -95,6 +105,48 @@ def make_room(cache: EncoderCache) -> None:
         )
 
 
-def finish(cache: EncoderCache, identity: dict[str, Any]) -> None:
-    """Mark a cache whose clips are all filled in as complete."""
-    write_json(cache.folder / "cache.json", identity)
+def load_or_fill(
+    cache: EncoderCache,
+    identity: dict[str, Any],
+    state: TrainState,
+    reload: Callable[[], torch.nn.Module],
+    dataset: Dataset,
+    collate: SpeechCollator,
+    *,
+    batch_seconds: float,
+    num_workers: int,
+) -> None:
+    """Find the cache complete, or encode every clip once on each machine. All processes must call.
+
+    Args:
+        identity: of what is cached: a complete cache with another one is made anew.
+        reload: loads the model anew, for engines that shard it.
+        batch_seconds: of window that is encoded at once.
+    """
+    accelerator = state.accelerator
+    is_first = accelerator.is_local_main_process  # of this machine
+    filled = is_filled(cache, identity)
+    accelerator.wait_for_everyone()  # all have looked
+    say(
+        accelerator,
+        f"encoder cache: {cache.num_bytes / 1e9:.2f} GB in {cache.folder}"
+        + (", found complete" if filled else ""),
+    )
+    if filled:
+        return
+    if is_first:
+        make_room(cache)
+    accelerator.wait_for_everyone()
+    batches = batching.window_plan(
+        column(dataset, "seconds"), cache.windows, batch_seconds=batch_seconds
+    )
+    own = batches[accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
+    loader = load_batches(dataset, own, collate, num_workers=num_workers)
+    loader = track(loader, total=len(own), what="encoding, batches", quiet=not is_first)
+    with torch.no_grad(), decoding_model(state, reload) as model, accelerator.autocast():
+        for batch, inputs in zip(own, loader, strict=True):
+            cache.fill(batch, whisper.encode(model, inputs["waves"]))
+    accelerator.wait_for_everyone()
+    if is_first:
+        write_json(cache.folder / "cache.json", identity)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,77 @@
+"""The systems that are scored: a base or an adapter on it, with the window it was trained for."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
+
+from common import predictions, whisper
+from common.cli import UserError
+from common.windows import DecodeMargin, DecodeWindowMode, decode_margin, trained_mode
+
+
+@dataclass(frozen=True)
+class System:
+    """A model that is ready to decode."""
+
+    name: str  # the adapter or, without one, the model
+    model: WhisperForConditionalGeneration
+    window_mode: DecodeWindowMode  # "natural" or "full"
+    margin: DecodeMargin
+
+
+def load_system(
+    model: str,
+    adapter: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window_mode: DecodeWindowMode,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> System:
+    """Load a base and, where `adapter` is not empty, merge the adapter into it.
+
+    Args:
+        window_mode: "auto" is the window that the system was trained for.
+
+    Raises:
+        UserError: the adapter's own record says that it was trained on another base.
+    """
+    loaded = predictions.load_for_decoding(model, adapter, dtype=dtype, device=device)
+    whisper.complete_generation_config(loaded, tokenizer)
+    record = read_record(adapter or model, "--adapter" if adapter else "--model")
+    if adapter and record:  # of an adapter trained elsewhere only shapes can be compared
+        check_base(adapter, record, model, loaded)
+    policy = record and record["window"]
+    mode = trained_mode(policy) if window_mode == "auto" else window_mode
+    return System(adapter or model, loaded, mode, decode_margin(policy))
+
+
+def read_record(folder: str, option: str) -> dict[str, Any] | None:
+    """What train_lora.py wrote beside an adapter or a model; `None` for one trained elsewhere."""
+    file = Path(folder) / "recipe.json"
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{option} {folder}: its recipe.json is damaged ({error}): copy it again, or remove "
+            "it to score at 30 seconds"
+        ) from error
+    is_ours = isinstance(record, dict) and {"base_probe", "window"} <= record.keys()
+    return record if is_ours else None  # written by another program
+
+
+def check_base(
+    adapter: str, record: dict[str, Any], model: str, loaded: WhisperForConditionalGeneration
+) -> None:
+    """Refuse an adapter whose own record says that it was trained on another base."""
+    if not whisper.same_base(record["base_probe"], whisper.base_probe(loaded)):
+        raise UserError(
+            f"--adapter {adapter}: was trained on {record['config']['model']}, whose weights are "
+            f"not those of --model {model}: give that base"
+        )
