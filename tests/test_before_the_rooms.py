@@ -33,10 +33,19 @@ def test_an_interrupted_run_resumes_to_the_same_losses_and_the_same_adapter(fold
     shutil.rmtree("run/adapter")
     train_lora.main(
         train_lora.Config(
-            model="checkpoint", data_dir="prepared", output_dir="run", max_steps=4,
-            global_batch_size=3, log_every=1, lora_rank=2, lora_alpha=4, num_workers=0,
-            eval_every=2, save_every=2, precision="fp32",
-        )  # fmt: skip
+            model="checkpoint",
+            data_dir="prepared",
+            output_dir="run",
+            max_steps=4,
+            global_batch_size=3,
+            log_every=1,
+            lora_rank=2,
+            lora_alpha=4,
+            num_workers=0,
+            eval_every=2,
+            save_every=2,
+            precision="fp32",
+        )
     )
     adapter = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
     assert adapter.keys() == expected.keys()
@@ -52,9 +61,13 @@ def test_an_interrupted_run_resumes_to_the_same_losses_and_the_same_adapter(fold
 def test_its_adapter_is_scored_at_the_windows_of_its_own_record(folder):
     eval_wer.main(
         eval_wer.Config(
-            model="checkpoint", adapter="run/adapter", data_dir="prepared", output_dir="wer",
-            precision="fp32", num_workers=0,
-        )  # fmt: skip
+            model="checkpoint",
+            adapter="run/adapter",
+            data_dir="prepared",
+            output_dir="wer",
+            precision="fp32",
+            num_workers=0,
+        )
     )
     adapter = json.loads((folder / "wer" / "wer.json").read_text())["adapter"]
     assert (adapter["clips"], adapter["window"]) == (2, "natural")
