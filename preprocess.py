@@ -9,9 +9,6 @@ named after its rows and options. A run that was killed finds its finished parts
 over 46 bytes a clip (nothing else grows with the corpus but the list of parts and of duplicates):
 duplicates, splits and overlaps are decided, and the parts are streamed into the final files.
 OUTPUT_DIR appears by one rename; until then the disk holds the data twice.
-
-With --num_shards each machine prepares a run of parts. Between the passes they exchange the 46
-bytes a clip; each decides the same for all and writes the final files of its own parts.
 """
 
 import contextlib
@@ -42,7 +39,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common import audio, cli, files, labels, prepared, progress
 from common.provenance import git_commit
-from prepare import clips, meeting, parts, s3, sources, splits
+from prepare import clips, parts, s3, sources, splits
 
 # ------ options
 
@@ -68,19 +65,9 @@ class Config:
     hub_audio_column: str = "audio"  # of a Hub dataset
     hub_text_column: str = ""  # of a Hub dataset; empty: text, sentence, transcript, transcription
     s3_uri: str = ""  # s3://BUCKET/PREFIX to copy the result to; empty: nowhere
-    num_shards: int = 1  # machines that prepare one dataset, each with its --shard
-    shard: int = 0  # which of them this is, from 0
-    shard_wait_minutes: float = 720.0  # for the other shards, each time; 0: start it again later
 
 
-PLACE_OPTIONS = (  # do not change what is written
-    "output_dir",
-    "num_workers",
-    "s3_uri",
-    "num_shards",
-    "shard",
-    "shard_wait_minutes",
-)
+PLACE_OPTIONS = ("output_dir", "num_workers", "s3_uri")  # do not change what is written
 HISTOGRAM_SECONDS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 25)  # lower edges
 LIBRARIES = ("datasets", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers", "transformers")
 
@@ -112,20 +99,6 @@ def check(config: Config) -> None:
             f"--audio_bits {config.audio_bits}: give 8 to 16",
         ),
         (not config.output_dir, "--output_dir is empty: give a folder"),
-        (config.num_shards < 1, f"--num_shards {config.num_shards}: give 1 or more"),
-        (
-            not 0 <= config.shard < max(config.num_shards, 1),
-            f"--shard {config.shard}: give 0 or more, less than --num_shards {config.num_shards}",
-        ),
-        (
-            not config.shard_wait_minutes >= 0,
-            f"--shard_wait_minutes {config.shard_wait_minutes}: give 0 or more",
-        ),
-        (
-            config.num_shards > 1 and config.source.startswith("hub:"),
-            f"--num_shards {config.num_shards}: a Hub dataset is a stream that is not cut into "
-            "shards: give 1, or a manifest of its files",
-        ),
     ]
     found = [message for is_wrong, message in problems if is_wrong]
     if found:
@@ -135,11 +108,6 @@ def check(config: Config) -> None:
 def shaping_options(config: Config) -> dict[str, Any]:
     """The options that decide what is written."""
     return {key: value for key, value in asdict(config).items() if key not in PLACE_OPTIONS}
-
-
-def meets_on_s3(config: Config) -> bool:
-    """Whether shards share nothing but S3: the dataset is made there, and nowhere else."""
-    return config.num_shards > 1 and bool(config.s3_uri)
 
 
 def differing_options(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -406,13 +374,6 @@ def say(report: dict[str, Any], output_dir: str) -> None:
 
 def finished_before(config: Config, source_sha256: str) -> dict[str, Any] | None:
     """`preprocess.json` of output that is there already; refuses a place of anything else."""
-    if meets_on_s3(config):
-        content = dict(s3.get(config.s3_uri, [prepared.RECIPE_NAME])).get(prepared.RECIPE_NAME)
-        if content is None:
-            return None
-        recipe, place = prepared.parse_recipe(content), f"--s3_uri {config.s3_uri}"
-        refuse_other(recipe, place, config, source_sha256)
-        return recipe
     folder, place = Path(config.output_dir).expanduser(), f"--output_dir {config.output_dir}"
     if folder.is_file():
         raise cli.UserError(f"{place} is a file: give a folder")
@@ -449,43 +410,31 @@ def refuse_other(
 
 
 @contextlib.contextmanager
-def locked(folder: Path, output_dir: str, shard: int | None = None) -> Iterator[None]:
-    """Hold the working folder; the lock goes with the process, however that ends.
-
-    A shard holds only its own lock, and shares the one that keeps other runs away.
-    """
+def locked(folder: Path, output_dir: str) -> Iterator[None]:
+    """Hold the working folder; the lock goes with the process, however that ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise cli.UserError(
             f"--output_dir {output_dir} cannot be written ({error}): give another"
         ) from error
-    with contextlib.ExitStack() as stack:
+    with (folder / "lock").open("w") as file:
         try:
-            for name in ("lock", f"lock-{shard}")[: 1 if shard is None else 2]:
-                file = stack.enter_context((folder / name).open("w+"))  # NFS: to read, to share it
-                shared = shard is not None and name == "lock"
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise cli.UserError(
-                f"--output_dir {output_dir} is being written by another preprocess.py"
-                f"{'' if shard is None else f' (--shard {shard})'}: wait for it"
+                f"--output_dir {output_dir} is being written by another preprocess.py: wait for it"
             ) from error
         try:
             yield
         except cli.UserError:
-            if shard is None and not any(folder.glob("parts/*.arrow")):
+            if not any(folder.glob("parts/*.arrow")):
                 shutil.rmtree(folder)  # nothing worth keeping for a restart
             raise
 
 
-def checked_rows(
-    source: sources.Source, config: Config, span: tuple[int, int] | None = None
-) -> Iterator[sources.Row]:
-    """The source's rows, once the first one has shown that there are any and in which language.
-
-    `span` is from where to before where; `None` is all of them.
-    """
+def checked_rows(source: sources.Source, config: Config) -> Iterator[sources.Row]:
+    """The source's rows, once the first one has shown that there are any and in which language."""
     rows = sources.read(source)
     first = next(rows, None)
     if first is None:
@@ -511,8 +460,7 @@ def checked_rows(
     own = labels.find_language(first.language)
     if config.language and first.language and own != labels.find_language(config.language):
         print(f"--language {config.language} is taken for all rows; row 1 says {first.language}")
-    rows = itertools.chain([first], rows) if span is None else sources.read(source, *span)
-    yield from with_languages(rows, config)
+    yield from with_languages(itertools.chain([first], rows), config)
 
 
 def refuse_nothing(facts: np.ndarray, paths: list[Path], config: Config) -> None:
@@ -556,8 +504,7 @@ def first_pass(
     num_there = len(list((work / "parts").glob("*.arrow")))
     if num_there:
         print(
-            f"continuing: {num_there} parts of {parts.PART_CLIPS} clips were finished before"
-            f"{' or by other shards' if config.num_shards > 1 else ''}",
+            f"continuing: {num_there} parts of {parts.PART_CLIPS} clips were finished before",
             flush=True,
         )
     found = prepare_parts(rows, config, recipe, work / "parts")
@@ -620,107 +567,6 @@ def prepare(
     return report
 
 
-# ------ shards
-
-
-def span_of(shard: int, num_shards: int, num_rows: int) -> tuple[int, int]:
-    """From which row, and before which, a shard goes: whole parts, as even as can be.
-
-    >>> [span_of(shard, 2, 3 * parts.PART_CLIPS - 1) for shard in range(2)]
-    [(0, 64), (64, 191)]
-    """
-    num_parts = math.ceil(num_rows / parts.PART_CLIPS)
-    first, end = (at * num_parts // num_shards for at in (shard, shard + 1))
-    return first * parts.PART_CLIPS, min(end * parts.PART_CLIPS, num_rows)
-
-
-def refuse_other_shards(place: meeting.Place, here: dict[str, Any], names: list[str]) -> None:
-    """An error where a shard was started with other options, or meets something else here."""
-    for name, content in meeting.get(place, names):
-        there = json.loads(content)
-        differing = differing_options(there["config"], here["config"])
-        differing += [what for what in here if what != "config" and here[what] != there[what]]
-        if differing:
-            raise cli.UserError(
-                f"--shard {name.split('-')[1]} was started differently: {', '.join(differing)}: "
-                f"start all shards alike; to begin anew remove {place} first"
-            )
-
-
-def prepare_shard(
-    config: Config, source: sources.Source, sha256: str, work: Path, place: meeting.Place
-) -> dict[str, Any] | None:
-    """Both passes over one shard, into `work/shards/result`, meeting the others after each.
-
-    Returns:
-        The measured half of the recipe from the last shard, which makes one dataset of all: the
-        last, so that shards run one after another, twice, are complete. `None` from others.
-    """
-    recipe = make_recipe(config)
-    options, all_facts, done = (
-        [f"{what}-{shard}" for shard in range(config.num_shards)]
-        for what in ("options", "facts", "done")
-    )
-    own = {
-        "config": {**recipe["config"], "num_shards": config.num_shards},
-        "the tokenizer": recipe["tokenizer_fingerprint"],
-        "library versions": recipe["versions"],
-        "the tables of --source": sha256,
-    }
-    refuse_other_shards(place, own, options)
-    meeting.put(place, options[config.shard], json.dumps(own).encode())
-    # ------ first pass, and what all shards know of their clips
-    num_rows = sources.count(source)
-    first, end = span_of(config.shard, config.num_shards, num_rows)
-    rows = checked_rows(source, config, (first, end))
-    paths, facts = first_pass(rows, end - first, config, recipe, work)
-    meeting.put(place, all_facts[config.shard], facts.tobytes())
-    facts = np.concatenate(
-        meeting.wait(
-            place,
-            all_facts,
-            config.shard_wait_minutes,
-            lambda data: np.frombuffer(data, splits.FACTS),
-        )
-    )
-    refuse_other_shards(place, own, options)  # of those that started since
-    assert len(facts) == num_rows, (len(facts), num_rows)
-    # ------ second pass: all shards decide the same, each writes its own files
-    by, originals = decide(facts, config)
-    refuse_nothing(facts, paths, config)
-    identity = identify(recipe, facts)
-
-    def current(content: bytes) -> dict[str, Any] | None:
-        """What a shard wrote, unless it decided on facts that have changed since."""
-        written = json.loads(content)
-        return written if written["identity"] == identity else None
-
-    result = work / "shards" / "result"
-    result.mkdir(parents=True, exist_ok=True)
-    if not any(current(content) for _, content in meeting.get(place, [done[config.shard]])):
-        shard = f"{config.shard:05d}-of-{config.num_shards:05d}"
-        written = parts.write_shard(paths, facts, originals, result, first, shard)
-        if meets_on_s3(config):
-            s3.upload(result, config.s3_uri, pattern=f"data-{shard}-*")
-        written |= {"identity": identity, "languages": sorted(languages_of(paths))}
-        meeting.put(place, done[config.shard], json.dumps(written).encode())
-    if config.shard < config.num_shards - 1:
-        print(
-            f"shard {config.shard} is finished; shard {config.num_shards - 1} makes one dataset of "
-            f"all. {work} holds finished parts for a restart"
-        )
-        return None
-    # ------ the last shard: one dataset of all
-    shards = meeting.wait(place, done, config.shard_wait_minutes, current)
-    num_clips = sum(sum(shard["clips"].values()) for shard in shards)
-    assert num_clips == (facts["reason"] == 0).sum(), num_clips
-    num_bytes = parts.join_shards(shards, result, identity)
-    report = describe(facts, by, num_bytes, cached_tokenizer(config.model), config)
-    languages = {code for shard in shards for code in shard["languages"]}
-    write_recipe(result, recipe, source, sha256, languages, report)
-    return report
-
-
 # ------ main
 
 
@@ -733,42 +579,19 @@ def main(config: Config) -> None:
     source = sources.find(
         config.source, audio_column=config.hub_audio_column, text_column=config.hub_text_column
     )
-    if source.form == "hub" and config.num_shards > 1:
-        sources.count(source)  # refuses it, before anything is written
     sha256, num_rows = sources.fingerprint(source)
     output_dir = Path(config.output_dir).expanduser().resolve()  # a link's target is replaced
     work = output_dir.with_name(output_dir.name + ".partial")
-    where, place, lock = config.output_dir, work / "shards", None
-    if meets_on_s3(config):
-        work = work.with_name(f"{output_dir.name}.{config.shard}-of-{config.num_shards}.partial")
-        where, place = config.s3_uri, f"{config.s3_uri.rstrip('/')}/.shards"
-    elif config.num_shards > 1:
-        lock = config.shard
     report = finished_before(config, sha256)
     if report:
-        print(f"{where} holds this preparation already: nothing to do")
-    elif config.num_shards == 1:
+        print(f"{config.output_dir} holds this preparation already: nothing to do")
+    else:
         with locked(work, config.output_dir):
             report = prepare(config, source, sha256, num_rows, work)
             (work / "result").rename(output_dir)
-    else:
-        with locked(work, config.output_dir, lock):
-            report = prepare_shard(config, source, sha256, work, place)
-            if report is None:
-                return
-            if meets_on_s3(config):
-                s3.upload(work / "shards" / "result", config.s3_uri, last=prepared.RECIPE_NAME)
-            else:
-                (work / "shards" / "result").rename(output_dir)
-    say(report, where)
-    if config.num_shards > 1:
-        meeting.remove(place)
+    say(report, config.output_dir)
     shutil.rmtree(work, ignore_errors=True)
-    if meets_on_s3(config):
-        print(
-            f"{config.s3_uri} holds the dataset of all shards; {config.output_dir} is not written"
-        )
-    elif config.s3_uri:
+    if config.s3_uri:
         sent, there = s3.upload(output_dir, config.s3_uri, last=prepared.RECIPE_NAME)
         print(f"{config.s3_uri}: {sent} files sent, {there} were there already")
 

@@ -46,7 +46,6 @@ class SplitWriter:
 
     folder: Path
     file_bytes: int = FILE_BYTES
-    shard: str = ""  # part of the files' names, where several machines write the split
     buffered: list[pa.RecordBatch] = field(default_factory=list)
     num_files: int = 0
     num_rows: int = 0
@@ -72,7 +71,7 @@ def _flush(writer: SplitWriter, least: int) -> None:
             continue
         if writer.stream is None:
             writer.folder.mkdir(parents=True, exist_ok=True)
-            writer.sink = (writer.folder / _name(writer, writer.num_files)).open("wb")
+            writer.sink = (writer.folder / _name(writer.num_files)).open("wb")
             writer.stream = pa.ipc.new_stream(writer.sink, FEATURES.arrow_schema)
             writer.num_files += 1
         writer.stream.write_batch(batch)
@@ -81,9 +80,9 @@ def _flush(writer: SplitWriter, least: int) -> None:
             _close_file(writer)
 
 
-def _name(writer: SplitWriter, number: int) -> str:
-    """A file's name; without shards a temporary one, because the last says how many there are."""
-    return f"data-{writer.shard and writer.shard + '-'}{number:05d}.arrow"
+def _name(number: int) -> str:
+    """A file's name while it is written: the last says how many there are."""
+    return f"data-{number:05d}.arrow"
 
 
 def _close_file(writer: SplitWriter) -> None:
@@ -102,26 +101,20 @@ def close_split(writer: SplitWriter, fingerprint: str) -> None:
         writer: its `num_rows` and `num_bytes` are final afterwards.
         fingerprint: 16 hex digits that name the content, for the caches of `datasets`.
     """
-    written = close_files(writer)
-    names = [f"data-{at:05d}-of-{len(written):05d}.arrow" for at in range(len(written))]
-    for old, new in zip(written, names, strict=True):
-        (writer.folder / old).rename(writer.folder / new)
-    if names:
-        write_state(writer.folder, names, fingerprint)
-
-
-def close_files(writer: SplitWriter) -> list[str]:
-    """Write what is buffered; the files' names."""
     if writer.buffered:
         _flush(writer, 1)
     if writer.stream is not None:
         _close_file(writer)
-    return [_name(writer, number) for number in range(writer.num_files)]
+    total = writer.num_files
+    names = [f"data-{number:05d}-of-{total:05d}.arrow" for number in range(total)]
+    for number, name in enumerate(names):
+        (writer.folder / _name(number)).rename(writer.folder / name)
+    if names:
+        _write_state(writer.folder, names, fingerprint)
 
 
-def write_state(folder: Path, names: list[str], fingerprint: str) -> None:
+def _write_state(folder: Path, names: list[str], fingerprint: str) -> None:
     """Write the JSON files that make a split of Arrow files, in this order."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": fingerprint,
@@ -142,16 +135,8 @@ def write_state(folder: Path, names: list[str], fingerprint: str) -> None:
 def read_recipe(data_dir: Path) -> dict[str, Any] | None:
     """`preprocess.json` of a folder; `None` where there is none that preprocess.py wrote."""
     try:
-        return parse_recipe((data_dir / RECIPE_NAME).read_bytes())
-    except OSError:
-        return None
-
-
-def parse_recipe(content: bytes) -> dict[str, Any] | None:
-    """`preprocess.json`; `None` where preprocess.py did not write it."""
-    try:
-        recipe = json.loads(content)
-    except ValueError:
+        recipe = json.loads((data_dir / RECIPE_NAME).read_bytes())
+    except (OSError, ValueError):
         return None
     return recipe if isinstance(recipe, dict) and "config" in recipe else None
 

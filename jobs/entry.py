@@ -430,8 +430,6 @@ def prepare_command(arguments: list[str]) -> tuple[Cluster, list[str]]:
     """This node's share of a preparation."""
     cluster = read_cluster(ML / "config" / "resourceconfig.json")
     own = ["--output_dir", str(PREPARED)]
-    if len(cluster.hosts) > 1:
-        own += ["--num_shards", str(len(cluster.hosts)), "--shard", str(cluster.rank)]
     return cluster, [sys.executable, str(PROGRAM / "preprocess.py"), *arguments, *own]
 
 

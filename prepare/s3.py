@@ -1,7 +1,7 @@
-"""A folder copied to S3, so that a copy that was cut off can be continued; small objects."""
+"""A folder copied to S3, so that a copy that was cut off can be continued."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def check(s3_uri: str) -> None:
         raise _s3_error(s3_uri, error) from error
 
 
-def upload(folder: Path, s3_uri: str, *, last: str = "", pattern: str = "*") -> tuple[int, int]:
+def upload(folder: Path, s3_uri: str, *, last: str) -> tuple[int, int]:
     """Copy a folder below `s3_uri`.
 
     Large files go in parts, several at a time. An object whose size and sha256 agree is left
@@ -39,8 +39,6 @@ def upload(folder: Path, s3_uri: str, *, last: str = "", pattern: str = "*") -> 
         folder: what to copy.
         s3_uri: `s3://BUCKET/PREFIX`.
         last: the file whose presence says that the copy is whole; it also tells datasets apart.
-            Empty: what is copied is not the whole.
-        pattern: of the names of the files to copy.
 
     Returns:
         Number of files sent, and of files that were there already.
@@ -48,43 +46,13 @@ def upload(folder: Path, s3_uri: str, *, last: str = "", pattern: str = "*") -> 
     Raises:
         UserError: as `check`; or the place holds a dataset that is not this one.
     """
-    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     files.sort(key=lambda path: path == folder / last)
     with _opened(s3_uri) as (client, bucket, prefix):
         keys = {path: prefix + path.relative_to(folder).as_posix() for path in files}
-        if last:
-            _refuse_other_dataset(client, bucket, keys[files[-1]], files[-1], s3_uri)
+        _refuse_other_dataset(client, bucket, keys[files[-1]], files[-1], s3_uri)
         sent = sum(_upload_file(client, bucket, keys[path], path) for path in files)
     return sent, len(files) - sent
-
-
-def put(s3_uri: str, name: str, content: bytes) -> None:
-    """Write a small object below `s3_uri`; raises UserError as `check`."""
-    with _opened(s3_uri) as (client, bucket, prefix):
-        client.put_object(Bucket=bucket, Key=prefix + name, Body=content)
-
-
-def get(s3_uri: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of those objects below `s3_uri` that are there.
-
-    Raises:
-        UserError: as `check`; without s3:ListBucket S3 does not say that there is none.
-    """
-    with _opened(s3_uri) as (client, bucket, prefix):
-        for name in names:
-            try:
-                content = client.get_object(Bucket=bucket, Key=prefix + name)["Body"].read()
-            except client.exceptions.NoSuchKey:
-                continue
-            yield name, content
-
-
-def remove(s3_uri: str) -> None:
-    """Delete all objects below `s3_uri`, of which there are few; raises UserError as `check`."""
-    with _opened(s3_uri) as (client, bucket, prefix):
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        for item in [item for page in pages for item in page.get("Contents", [])]:
-            client.delete_object(Bucket=bucket, Key=item["Key"])
 
 
 @contextmanager

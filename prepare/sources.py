@@ -196,15 +196,8 @@ def fingerprint(source: Source) -> tuple[str, int | None]:
     return digest.hexdigest(), max(lines - headers, 0)
 
 
-def count(source: Source) -> int:
-    """Rows that `read` yields of a source of tables: exactly, where lines are an estimate."""
-    if source.form == "hub":
-        raise UserError(f"--num_shards: --source {source.name} is not cut into shards: give 1")
-    return sum(1 for table in source.tables for _ in _records(source, table))
-
-
-def read(source: Source, first: int = 0, end: int | None = None) -> Iterator[Row]:
-    """Yield the rows of a source, in its order; of tables those from `first` to before `end`.
+def read(source: Source) -> Iterator[Row]:
+    """Yield the rows of a source, in its order.
 
     Raises:
         UserError: a table without the needed columns, or a Hub dataset that cannot be read.
@@ -216,15 +209,11 @@ def read(source: Source, first: int = 0, end: int | None = None) -> Iterator[Row
     for table in source.tables:  # columns that lack are an error before the work starts
         record = next(_records(source, table), {})
         names = [name for name in columns.TEXT_COLUMNS if columns.as_text(record.get(name))]
-        if first == 0 and len(names) > 1:
+        if len(names) > 1:
             print(f"{table.path}: texts are taken from {names[0]}, not from {', '.join(names[1:])}")
-    records = (
-        (table, number, record)
-        for table in source.tables
-        for number, record in enumerate(_records(source, table), start=1)
-    )
-    for table, number, record in itertools.islice(records, first, end):
-        yield _row(source, table, root, number, record)
+    for table in source.tables:
+        for number, record in enumerate(_records(source, table), start=1):
+            yield _row(source, table, root, number, record)
 
 
 # ------ tables

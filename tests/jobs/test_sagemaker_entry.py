@@ -116,14 +116,14 @@ def test_what_the_job_sets_gives_way_to_nothing_but_an_option_that_was_sent(tmp_
     assert own["output_dir"] == "/opt/ml/checkpoints"
 
 
-def test_each_node_prepares_its_shard(tmp_path, monkeypatch):
+def test_a_preparation_gets_the_options_that_were_sent_and_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(entry, "ML", tmp_path)
     (tmp_path / "config").mkdir()
     hosts = {"hosts": ["algo-2", "algo-1"], "current_host": "algo-2"}
     (tmp_path / "config" / "resourceconfig.json").write_text(json.dumps(hosts))
     _, command = entry.prepare_command(["--language", "mr"])
     assert command[1:4] == [str(launch.ROOT / "preprocess.py"), "--language", "mr"]
-    assert command[-4:] == ["--num_shards", "2", "--shard", "1"]
+    assert command[4:] == ["--output_dir", str(entry.PREPARED)]
 
 
 # ------ GPUs

@@ -181,6 +181,28 @@ def test_ids_are_unique_whatever_the_paths(tmp_path, model):
     assert load_from_disk(tmp_path / "out")["train"]["id"][:] == ["a", "a#3", "a#2", "a#4"]
 
 
+def test_the_output_does_not_depend_on_where_parts_end(tmp_path, model, monkeypatch):
+    names = [f"{at % 10}.{('wav', 'flac', 'ogg')[at // 10]}" for at in range(30)]
+    names[1] = "0#2.wav"
+    records = [
+        {"path": name, "text": f"text {at % 7}", "split": ("test", "train", "dev")[at // 2 % 3]}
+        for at, name in enumerate(names)
+    ]
+    sound = noise(tmp_path / names[3]).read_bytes()
+    for at in range(8, 30, 9):  # in three other parts
+        (tmp_path / names[at]).write_bytes(sound)
+    source = manifest(tmp_path, records)
+    run(source, model, tmp_path / "one_part", forbid_text_overlap=True)
+    monkeypatch.setattr(parts, "PART_CLIPS", 4)
+    run(source, model, tmp_path / "eight_parts", forbid_text_overlap=True)
+    assert tree(tmp_path / "eight_parts") == tree(tmp_path / "one_part")
+    reasons = set(dropped(tmp_path / "one_part").values())
+    assert reasons == {"duplicate audio", "audio also in another split", "text also in training"}
+    loaded = load_from_disk(tmp_path / "one_part").values()
+    ids = [name for split in loaded for name in split["id"]] + list(dropped(tmp_path / "one_part"))
+    assert sorted(ids) == sorted({*ids}) and {"0", "0#2", "0#3", "0#4", "9#3"} <= set(ids)
+
+
 def test_readers_give_columns_and_label_lengths_without_the_audio(tmp_path, model):
     texts = ["a", "abc", "ab"]
     records = [{"path": f"{text}.wav", "text": text} for text in texts]

@@ -139,7 +139,6 @@ def test_json_of_any_shape_gives_the_same_rows(tmp_path, content, suffix):
         ("one", str(tmp_path / "a.wav")),
         ("two", str(tmp_path / "b.wav")),
     ]
-    assert sources.count(sources.find(str(tmp_path / f"m.{suffix}"))) == 2
 
 
 @pytest.mark.parametrize("indent", [None, 2])
