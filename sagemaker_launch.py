@@ -211,14 +211,14 @@ def send(job: Job, requests: list[dict[str, Any]], name: str) -> None:
 
 def inputs(job: Job) -> Iterator[tuple[str, str, str]]:
     """Option, place and a file that must be in it, for everything that a job reads."""
-    from common.prepared import RECIPE_NAME  # brings pandas: not for `status`
+    from common.prepared import RECORD_NAME  # brings pandas: not for `status`
 
     if isinstance(job, Prepare):
         yield "--source_s3", job.source_s3, job.source_file
         return
     for name, uri in channels(job).items():
         option = "--adapter_job" if name == "adapter" and job.adapter_job else f"--{name}_s3"
-        yield option, uri, RECIPE_NAME if name in ("train", "test") else ""
+        yield option, uri, RECORD_NAME if name in ("train", "test") else ""
 
 
 def require_region(s3: Any, option: str, s3_uri: str, region: str) -> None:

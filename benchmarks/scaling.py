@@ -24,7 +24,7 @@ from benchmarks import process
 from common import audio, cli
 from common.files import write_json
 from common.labels import MAX_LABELS
-from common.prepared import FEATURES, RECIPE_NAME, column, label_lengths, load_prepared
+from common.prepared import FEATURES, RECORD_NAME, column, label_lengths, load_prepared
 from common.provenance import describe_run
 
 matplotlib.use("Agg")
@@ -71,7 +71,7 @@ class Config:
 def write_corpus(split: datasets.Dataset, folder: Path, data: Path) -> None:
     """A prepared folder with a training split alone."""
     datasets.DatasetDict({"train": split}).save_to_disk(str(folder))
-    shutil.copy(data / RECIPE_NAME, folder)
+    shutil.copy(data / RECORD_NAME, folder)
 
 
 def common_prefix(labels: list[list[int]]) -> list[int]:

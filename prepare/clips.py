@@ -1,4 +1,4 @@
-"""One clip, from a row of the source to a record of the prepared dataset, or the reason why not."""
+"""One clip: a row of the source becomes a record of the prepared dataset, or is dropped."""
 
 import os
 import unicodedata
@@ -12,42 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from common import audio
 from common.labels import MAX_LABELS, make_labels
 from common.prepared import SPLITS
-from prepare.sources import MALFORMED_ROW, NO_TEXT, OUTSIDE_SOURCE, UNKNOWN_SPLIT, Row
+from prepare import reasons
+from prepare.reasons import REASONS
+from prepare.sources import Row
 from prepare.splits import hash64
 
-LOUDEST = 8.0  # overshoot of resampling and clipped mastering stay far below; integers do not
-DUPLICATE = "duplicate audio"
-AUDIO_OVERLAP = "audio also in another split"
-TEXT_OVERLAP = "text also in training"
-NO_LANGUAGE, UNKNOWN_LANGUAGE = "no language", "unknown language"
-NEEDS_PYAV = "needs PyAV (pip install av)"
-REASONS = (
-    "",  # kept
-    MALFORMED_ROW,
-    OUTSIDE_SOURCE,
-    UNKNOWN_SPLIT,
-    NO_LANGUAGE,
-    UNKNOWN_LANGUAGE,
-    NO_TEXT,
-    "text spells a special token",
-    "labels over 448 tokens",
-    "missing audio file",
-    NEEDS_PYAV,
-    "unreadable audio",
-    "empty audio",
-    "longer than max_seconds",
-    "shorter than min_seconds",
-    "text impossible for the duration",
-    DUPLICATE,
-    AUDIO_OVERLAP,
-    TEXT_OVERLAP,
-)
+MAX_PEAK = 8.0  # resampling and clipped mastering overshoot far less; integers are far above
 
 
 @dataclass(frozen=True)
-class Checks:
-    """How a clip is labelled and what it must satisfy; the script's options of the same names."""
+class ClipOptions:
+    """How a clip is labelled, checked and stored: options of preprocess.py with the same names."""
 
+    model: str
     task: str
     max_seconds: float
     min_seconds: float
@@ -56,14 +33,20 @@ class Checks:
 
 
 class DroppedError(Exception):
-    """A clip that is not kept: a member of REASONS, and what was found."""
+    """A clip that is not kept: a member of REASONS, and a detail for `dropped.jsonl`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
 
 
-def prepare_clip(row: Row, checks: Checks, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Decode, check and label one clip: a record of `parts.SCHEMA`, whatever is wrong with it."""
+def prepare_clip(
+    row: Row, options: ClipOptions, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Decode, check and label a clip; a clip that cannot be used is a record with its reason.
+
+    Returns:
+        A record of `parts.SCHEMA`.
+    """
     plain = " ".join(unicodedata.normalize("NFC", row.text).lower().split())
     record = {
         "id": row.id,
@@ -82,63 +65,75 @@ def prepare_clip(row: Row, checks: Checks, tokenizer: PreTrainedTokenizerBase) -
         "speaker_hash": hash64(row.speaker.encode()) if row.speaker else 0,
     }
     try:
-        record["labels"] = label_ids(row, checks, tokenizer)
-        pcm = read_pcm(row, checks)
+        record["labels"] = label_ids(row, options, tokenizer)
+        pcm = read_pcm(row, options)
     except DroppedError as dropped:
         reason, detail = dropped.args
         return {**record, "labels": [], "reason": REASONS.index(reason), "detail": detail}
     seconds = len(pcm) / audio.SAMPLE_RATE
     return {
         **record,
-        "audio": audio.encode_flac(audio.keep_bits(pcm, checks.audio_bits)),
+        "audio": audio.encode_flac(audio.keep_bits(pcm, options.audio_bits)),
         "seconds": seconds,
         "pcm_hash": hash64(pcm.tobytes()),
     }
 
 
-def label_ids(row: Row, checks: Checks, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def label_ids(row: Row, options: ClipOptions, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The clip's labels; raises DroppedError for a row or text that cannot be used."""
     if row.problem:
         raise DroppedError(row.problem, row.detail)
     if not row.text:
-        raise DroppedError(NO_TEXT)
+        raise DroppedError(reasons.NO_TEXT)
     try:
-        ids = make_labels(tokenizer, row.text, row.language, checks.task)
+        ids = make_labels(tokenizer, row.text, row.language, options.task)
     except ValueError as error:
-        raise DroppedError("text spells a special token", str(error)) from error
+        raise DroppedError(reasons.SPECIAL_TOKEN, str(error)) from error
     if len(ids) > MAX_LABELS:
-        raise DroppedError("labels over 448 tokens", f"{len(ids)} tokens")
+        raise DroppedError(reasons.TOO_MANY_LABELS, f"{len(ids)} tokens")
     return ids
 
 
-def read_pcm(row: Row, checks: Checks) -> np.ndarray:
-    """The clip's samples, int16 (N,) at 16 kHz; raises DroppedError for audio that is of no use."""
+def read_pcm(row: Row, options: ClipOptions) -> np.ndarray:
+    """The clip's samples, int16 (N,) at 16 kHz; raises DroppedError for audio not to be used."""
     if not row.audio and not os.path.isfile(row.path):  # noqa: PTH113 (Path's raises for long names)
-        raise DroppedError("missing audio file")
+        raise DroppedError(reasons.MISSING_AUDIO)
     try:
         samples = audio.read_audio(
             BytesIO(row.audio) if row.audio else row.path,
             start_seconds=row.start_seconds,
             end_seconds=row.end_seconds,
-            max_seconds=checks.max_seconds,
+            max_seconds=options.max_seconds,
         )
     except audio.NeedsPyAVError as error:
-        raise DroppedError(NEEDS_PYAV, str(error)) from error
+        raise DroppedError(reasons.NEEDS_PYAV, str(error)) from error
     except audio.AudioError as error:
-        raise DroppedError("unreadable audio", str(error)) from error
+        raise DroppedError(reasons.UNREADABLE_AUDIO, str(error)) from error
     peak = np.abs(samples).max(initial=0.0)
-    if peak > LOUDEST:
-        raise DroppedError("unreadable audio", f"samples up to {peak:.0f}, not between -1 and 1")
+    if peak > MAX_PEAK:
+        raise DroppedError(
+            reasons.UNREADABLE_AUDIO, f"samples up to {peak:.0f}, not between -1 and 1"
+        )
     pcm = audio.to_pcm(samples)
+    check_length(pcm, len(row.text), options)
+    return pcm
+
+
+def check_length(pcm: np.ndarray, num_characters: int, options: ClipOptions) -> None:
+    """Raise DroppedError for a clip that is silent, too long, too short, or too short for its text.
+
+    Args:
+        pcm: int16 (N,) at 16 kHz.
+        num_characters: of the text.
+    """
     seconds = len(pcm) / audio.SAMPLE_RATE
     if not pcm.any():
-        raise DroppedError("empty audio", "every sample is zero" if len(pcm) else "no samples")
-    if seconds > checks.max_seconds:
-        raise DroppedError("longer than max_seconds", f"over {checks.max_seconds:g} s")
-    if seconds < checks.min_seconds:
-        raise DroppedError("shorter than min_seconds", f"{seconds:.3f} s")
-    if len(row.text) > checks.max_chars_per_second * seconds:
-        raise DroppedError(
-            "text impossible for the duration", f"{len(row.text)} characters in {seconds:.2f} s"
-        )
-    return pcm
+        detail = "every sample is zero" if len(pcm) else "no samples"
+        raise DroppedError(reasons.EMPTY_AUDIO, detail)
+    if seconds > options.max_seconds:
+        raise DroppedError(reasons.TOO_LONG, f"over {options.max_seconds:g} s")
+    if seconds < options.min_seconds:
+        raise DroppedError(reasons.TOO_SHORT, f"{seconds:.3f} s")
+    if num_characters > options.max_chars_per_second * seconds:
+        detail = f"{num_characters} characters in {seconds:.2f} s"
+        raise DroppedError(reasons.IMPOSSIBLE_TEXT, detail)

@@ -18,6 +18,7 @@ from typing import Any
 from common.audio import encode_wav
 from common.cli import UserError
 from prepare import columns, tables
+from prepare.reasons import MALFORMED_ROW, NO_TEXT, OUTSIDE_SOURCE, UNKNOWN_SPLIT
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")  # of an audiofolder
 SPLIT_NAMES = {
@@ -31,11 +32,6 @@ FORMS = (
     "a Common Voice folder (clips/ and train.tsv or validated.tsv), an audiofolder (metadata.csv), "
     "a manifest (.csv, .tsv or .jsonl) or hub:NAME[:CONFIG]"
 )
-
-MALFORMED_ROW = "malformed row"
-UNKNOWN_SPLIT = "unknown split"
-NO_TEXT = "empty text"
-OUTSIDE_SOURCE = "path leaves the source folder"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import preprocess
 from common import audio, labels
 from common import prepared as prepared_data
 from common.cli import UserError
-from prepare import clips, parts, s3, splits
+from prepare import first_pass, output, parts, reasons, second_pass, splits, upload, writer
 
 ROOT = launch.ROOT
 HINDI = ROOT.parent / "shared" / "data" / "hindi-common-voice"
@@ -207,8 +207,8 @@ def test_readers_give_columns_and_label_lengths_without_the_audio(tmp_path, mode
     texts = ["a", "abc", "ab"]
     records = [{"path": f"{text}.wav", "text": text} for text in texts]
     run(manifest(tmp_path, records), model, tmp_path / "out")
-    loaded, recipe = prepared_data.load_prepared(str(tmp_path / "out"))
-    assert recipe["config"]["language"] == "mr"
+    loaded, record = prepared_data.load_prepared(str(tmp_path / "out"))
+    assert record["config"]["language"] == "mr"
     assert prepared_data.column(loaded["train"], "seconds").tolist() == [1.0, 1.0, 1.0]
     assert prepared_data.label_lengths(loaded["train"]).tolist() == [6, 8, 7]
     assert prepared_data.label_lengths(loaded["train"].select([1, 0])).tolist() == [8, 6]
@@ -218,11 +218,11 @@ def test_a_split_is_cut_into_files_and_small_batches(tmp_path):
     row = {name: [b"x" * 1000] if name == "audio" else ["x"] for name in prepared_data.FEATURES}
     row |= {"seconds": [1.0], "labels": [[1, 2]]}
     schema = prepared_data.FEATURES.arrow_schema
-    writer = prepared_data.SplitWriter(tmp_path / "train", file_bytes=100_000)
+    split_writer = writer.SplitWriter(tmp_path / "train", file_bytes=100_000)
     for number in range(200):
         batch = pa.RecordBatch.from_pydict({**row, "id": [str(number)]}, schema=schema)
-        prepared_data.add_rows(writer, batch)
-    prepared_data.close_split(writer, "0123456789abcdef")
+        writer.add_rows(split_writer, batch)
+    writer.close_split(split_writer, "0123456789abcdef")
     names = sorted(path.name for path in (tmp_path / "train").glob("*.arrow"))
     assert names == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     loaded = load_from_disk(tmp_path / "train")
@@ -495,7 +495,7 @@ def test_a_split_far_from_its_fraction_is_a_warning(tmp_path, model, capsys):
     report = run(manifest(tmp_path, records), model, tmp_path / "out", **fractions)
     assert report["fractions_missed"] == {"test": [0.1, 0.333]}
     shown = capsys.readouterr().out
-    assert "warning: test has 33.3% of the clips, --test_fraction asked for 10.0%" in shown
+    assert "warning: test has 33.3% of the clips instead of --test_fraction 10.0%" in shown
     assert "warning: validation" not in shown
 
 
@@ -589,7 +589,7 @@ def test_a_finished_preparation_is_recognised(tmp_path, model, capsys):
 def test_a_clip_that_changed_between_two_starts_is_prepared_again(tmp_path, model, monkeypatch):
     source = manifest(tmp_path, [{"path": "a.wav"}])
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "write_splits", lambda *words: 1 / 0)
+        patch.setattr(second_pass, "write_splits", lambda *words: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(source, model, tmp_path / "out")
     noise(tmp_path / "a.wav", seconds=2)
@@ -645,9 +645,9 @@ def test_a_folder_of_other_files_is_not_written_into(tmp_path, model):
 def test_two_runs_do_not_write_the_same_output(tmp_path):
     work = tmp_path / "out.partial"
     with (
-        preprocess.locked(work, "out"),
+        output.locked(work, "out"),
         pytest.raises(UserError, match="--output_dir out is being written by another"),
-        preprocess.locked(work, "out"),
+        output.locked(work, "out"),
     ):
         pass
 
@@ -660,7 +660,7 @@ def test_two_runs_do_not_write_the_same_output(tmp_path):
         ({"task": "summarise"}, "--task 'summarise' is not a task: give transcribe or translate"),
         ({"language": ""}, "--language is empty and row 1 of --source .* give --language"),
         ({"num_workers": 0}, "--num_workers 0: give 1 or more"),
-        ({"max_seconds": 40.0}, "--max_seconds 40.0: give more than 0, at most 30"),
+        ({"max_seconds": 40.0}, "--max_seconds 40.0: give more than 0 and at most 30"),
         ({"test_fraction": 1.5}, "--test_fraction 1.5 and .* less than 1 together"),
         ({"source": ""}, "--source is empty: give a Common Voice folder"),
         ({"source": "nowhere"}, "--source nowhere does not exist"),
@@ -763,9 +763,8 @@ def test_a_file_larger_than_the_system_allows_is_told_as_a_full_disk(tmp_path, m
 def test_a_worker_that_is_killed_is_a_one_line_error():
     job = Future()
     job.set_exception(BrokenProcessPool())
-    config = preprocess.Config(num_workers=8)
     with pytest.raises(UserError, match=r"--num_workers 8: a worker was killed.*give fewer"):
-        preprocess.finished((Path("part"), 64, job), config)
+        first_pass.wait_for(first_pass.PendingPart(Path("part"), 64, job), num_workers=8)
 
 
 # ------ Hub
@@ -815,7 +814,7 @@ def test_the_language_option_is_that_of_all_rows_whatever_they_say(tmp_path, mod
     }[form]
     run(source, model, tmp_path / "out", language="cy")
     assert load_from_disk(tmp_path / "out")["train"]["language"][:] == ["cy", "cy"]
-    assert "--language cy is taken for all rows; row 1 says sw" in capsys.readouterr().out
+    assert "--language cy is used for all rows, although row 1 says sw" in capsys.readouterr().out
 
 
 def test_a_language_of_a_hub_dataset_may_be_a_class_label(tmp_path, model):
@@ -956,10 +955,10 @@ def test_upload_in_parts_keeps_the_content(tmp_path, bucket):
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "a").write_bytes(os.urandom(9 * 2**20))
     (tmp_path / "big" / "z.json").write_text("{}")
-    assert s3.upload(tmp_path / "big", "s3://speech", last="z.json") == (2, 0)
+    assert upload.upload(tmp_path / "big", "s3://speech", last="z.json") == (2, 0)
     body = bucket.get_object(Bucket="speech", Key="a")["Body"].read()
     assert body == (tmp_path / "big" / "a").read_bytes()
-    assert s3.upload(tmp_path / "big", "s3://speech", last="z.json") == (0, 2)
+    assert upload.upload(tmp_path / "big", "s3://speech", last="z.json") == (0, 2)
 
 
 def test_upload_does_not_mix_two_datasets(tmp_path, model, bucket):
@@ -984,7 +983,7 @@ def test_missing_credentials_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     with pytest.raises(UserError, match="--s3_uri s3://speech/x: no AWS credentials found: set"):
-        s3.check("s3://speech/x")
+        upload.check("s3://speech/x")
 
 
 # ------ real speech
@@ -1008,4 +1007,4 @@ def test_real_mp3_clips_keep_their_length_and_fit_in_far_less_than_padded_featur
 
 
 def test_every_reason_of_a_source_is_known():
-    assert len(set(clips.REASONS)) == len(clips.REASONS)
+    assert len(set(reasons.REASONS)) == len(reasons.REASONS)

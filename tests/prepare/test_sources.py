@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from common.cli import UserError
-from prepare import sources
+from prepare import reasons, sources
 
 
 def touch(path):
@@ -154,7 +154,7 @@ def test_paths_that_leave_the_source_folder_are_a_problem(tmp_path):
         "in.wav,x",
         "sub/../in.wav,x",
     )
-    leaves = sources.OUTSIDE_SOURCE
+    leaves = reasons.OUTSIDE_SOURCE
     assert [row.problem for row in rows(path)] == [leaves, leaves, leaves, "", "", ""]
 
 
@@ -396,7 +396,7 @@ def test_paths_in_local_parquet_are_relative_to_its_folder(tmp_path, place, is_t
     if not is_text:
         audios = [{"path": name, "bytes": None} for name in audios]
     found = rows(parquet(tmp_path, {"audio": audios, "text": ["x", "y", "z"]}))
-    assert [row.problem for row in found] == ["", sources.OUTSIDE_SOURCE, ""]
+    assert [row.problem for row in found] == ["", reasons.OUTSIDE_SOURCE, ""]
     assert found[0].path == found[2].path == str(path)
 
 
