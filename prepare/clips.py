@@ -14,7 +14,7 @@ from common.labels import MAX_LABELS, make_labels
 from common.prepared import SPLITS
 from prepare import reasons
 from prepare.reasons import REASONS
-from prepare.sources import Row
+from prepare.rows import Row
 from prepare.splits import hash64
 
 MAX_PEAK = 8.0  # resampling and clipped mastering overshoot far less; integers are far above

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from common import labels, progress
 from common.cli import UserError
 from prepare import clips, parts
-from prepare.sources import Row
+from prepare.rows import Row
 
 
 @dataclass(frozen=True)

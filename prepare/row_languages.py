@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from common import labels
 from common.cli import UserError
 from prepare.reasons import NO_LANGUAGE, UNKNOWN_LANGUAGE
-from prepare.sources import Row
+from prepare.rows import Row
 
 
 def settle_languages(

@@ -1,4 +1,4 @@
-"""common/sources.py: the forms are told apart; every row comes out, good or with its problem."""
+"""prepare/sources.py: forms are detected; every row is read, with its problem if it has one."""
 
 import csv
 import io
@@ -9,7 +9,8 @@ import pytest
 import soundfile
 
 from common.cli import UserError
-from prepare import reasons, sources
+from prepare import hub, reasons, sources
+from prepare.rows import Row
 
 
 def touch(path):
@@ -62,7 +63,7 @@ def test_a_common_voice_train_table_of_a_header_alone_gives_way_to_validated_cli
     assert [(row.id, row.split) for row in rows(tmp_path)] == [("test", "test")]
     table(tmp_path / "validated.tsv", COMMON_VOICE_HEADER, "s\ta.mp3\ttext\tmr")
     assert [(row.id, row.split) for row in rows(tmp_path)] == [("a", "")]
-    assert "train.tsv has no rows: all clips of validated.tsv are taken" in capsys.readouterr().out
+    assert "train.tsv has no rows: all clips of validated.tsv are used" in capsys.readouterr().out
     table(tmp_path / "validated.tsv", COMMON_VOICE_HEADER)
     assert [(row.id, row.split) for row in rows(tmp_path)] == [("test", "test")]
 
@@ -85,7 +86,7 @@ def test_a_csv_manifest_gives_all_its_columns(tmp_path):
         'x/a.wav,"one, two",dev,s1,mr,1.5,3',
     )
     (row,) = rows(path)
-    assert row == sources.Row(
+    assert row == Row(
         id="x/a-1.50-3.00",
         path=str(tmp_path / "x" / "a.wav"),
         text="one, two",
@@ -205,7 +206,7 @@ def test_metadata_may_lie_at_any_depth_and_be_spelt_in_capitals(tmp_path, capsys
     ]
     table(tmp_path / "metadata.csv", "file_name,text", "data/train/a.wav,x")
     assert [row.split for row in rows(tmp_path)] == ["train"]
-    assert "metadata in folders below it is left out" in capsys.readouterr().out
+    assert "metadata files in its subfolders are not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -217,9 +218,9 @@ def test_metadata_may_lie_at_any_depth_and_be_spelt_in_capitals(tmp_path, capsys
         ),
         (
             lambda folder: touch(folder / "a.xlsx"),
-            "--source .*a.xlsx is not a source that is known",
+            "--source .*a.xlsx has no known form: give a Common Voice",
         ),
-        (lambda folder: folder, "--source .* is not a source that is known: give a Common Voice"),
+        (lambda folder: folder, "--source .* has no known form: give a Common Voice"),
         (
             lambda folder: table(folder / "x" / "m.csv", "path,text").parent,
             r"--source .*: give the manifest itself \(--source .*m.csv\)",
@@ -252,8 +253,8 @@ def test_a_utf16_table_is_refused(tmp_path):
 
 def test_the_key_of_a_row_changes_with_its_text_and_with_its_file(tmp_path):
     path = touch(tmp_path / "a.wav")
-    row = sources.Row("a", path=str(path), text="x")
-    keys = {row.key(), sources.Row("a", path=str(path), text="y").key()}
+    row = Row("a", path=str(path), text="x")
+    keys = {row.key(), Row("a", path=str(path), text="y").key()}
     path.write_bytes(b"longer")
     keys.add(row.key())
     path.unlink()
@@ -343,7 +344,7 @@ def test_a_hub_dataset_that_cannot_be_reached_is_one_line(monkeypatch):
     ],
 )
 def test_hub_split_names_are_understood(name, split):
-    assert sources._hub_split(name) == split
+    assert hub.split_of(name) == split
 
 
 def parquet(folder, records):
@@ -428,4 +429,4 @@ def test_parquet_that_is_given_without_hub_is_refused_with_the_remedy(tmp_path):
 def test_times_in_a_hub_dataset_are_told_not_to_be_used(tmp_path, capsys):
     audio = {"array": SAMPLES, "sampling_rate": 8_000}
     rows(parquet(tmp_path, {"audio": [audio], "text": ["x"], "begin_time": [1.5]}))
-    assert "is taken whole: begin_time are not used" in capsys.readouterr().out
+    assert "is used whole: begin_time are ignored" in capsys.readouterr().out
