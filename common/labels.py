@@ -1,84 +1,46 @@
-"""Transcript in, label ids out; and what makes two Whisper tokenizers the same.
+"""Labels: the prompt, the transcript's ids and the end token; and whether two tokenizers agree.
 
-A label row is `<|startoftranscript|> <|lang|> <|task|> <|notimestamps|> text <|endoftext|>`; an
+Labels are `<|startoftranscript|> <|lang|> <|task|> <|notimestamps|> text <|endoftext|>`. An
 English-only model knows neither languages nor tasks: `<|startoftranscript|> <|notimestamps|> text
-<|endoftext|>`. The ids are looked up by name, never by position, because the three published
+<|endoftext|>`. Ids are looked up by name, never by position, because the three published
 vocabularies (51,864, 51,865 and 51,866 tokens) place them differently.
 """
 
-import difflib
 import hashlib
 import json
 import re
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from common import languages
-from common.cli import UserError
-from common.languages import ALIASES
+from common.cli import UserError, first_line
+from common.languages import ALIASES, language_code
 
-MAX_LABELS = 448  # the decoder's position table
+MAX_LABELS = 448  # positions of the decoder
 ENGLISH_ONLY_END = 50_256  # <|endoftext|> of the 51,864-token vocabulary, which is GPT-2's
 START, END, NO_TIMESTAMPS = "<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"
 TASKS = ("transcribe", "translate")
-MISSPELT = 0.8  # likeness of names; Irish and yiddish have 0.67, marathy and marathi 0.86
-LONGEST_CODE = 3  # letters: codes are all alike
 SPECIAL = re.compile(r"<\|[^|]*\|>")
 
 
-# ------ languages
-
-
-def find_language(name: str) -> str:
-    """Whisper's code for a code, a name or a locale; `""` where there is none."""
-    return languages.find(name)
-
-
-def language_code(name: str, option: str = "--language") -> str:
-    """Whisper's code for `mr`, `Marathi` or `mr-IN`.
-
-    Raises:
-        UserError: no such language; advises a related one, or names that which was misspelt.
-    """
-    code = find_language(name)
-    if code:
-        return code
-    raise UserError(f"{option} {name!r} is not a language Whisper knows: {advice(name)}")
-
-
-def advice(name: str) -> str:
-    """What to give for a language that Whisper lacks, or that nobody knows."""
-    relative = languages.related(name)
-    if relative:
-        return f"it has no token; give that of a related language, such as {_spell(relative)}"
-    known = [*LANGUAGES.values(), *TO_LANGUAGE_CODE]
-    close = difflib.get_close_matches(languages.plain(name), known, n=1, cutoff=MISSPELT)
-    if close and len(close[0]) > LONGEST_CODE:
-        return f"did you mean {_spell(close[0])}?"
-    return "give a code such as hi or a name such as hindi, for one that it lacks a related one's"
-
-
-def _spell(known: str) -> str:
-    code = TO_LANGUAGE_CODE.get(known, known)
-    return f"{code} ({LANGUAGES[code]})"
+# ------ tokens
 
 
 def _language_token(tokenizer: PreTrainedTokenizerBase, code: str) -> str:
-    """`<|code|>`, as this tokenizer spells it; `""` where it lacks the language."""
+    """`<|code|>` as this tokenizer spells it, or `""` if it lacks the language."""
     spellings = [code, *(old for old, new in ALIASES.items() if new == code)]
     return next((f"<|{word}|>" for word in spellings if _knows(tokenizer, f"<|{word}|>")), "")
 
 
 def _knows(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
-    """Whether `token` has an id of its own; `get_vocab` would copy 50,000 entries to say so."""
-    at = tokenizer.convert_tokens_to_ids(token)
-    return at is not None and tokenizer.convert_ids_to_tokens(at) == token
+    """Whether `token` has an id of its own, without `get_vocab`, which copies 50,000 entries."""
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token
 
 
 def has_language(tokenizer: PreTrainedTokenizerBase, code: str) -> bool:
-    """Whether labels can be made in this language (Cantonese, for one, came with large-v3)."""
+    """Whether labels can be made in a language; Cantonese, for one, came with large-v3."""
     if is_english_only(tokenizer):
         return code in ("", "en")
     return bool(code and _language_token(tokenizer, code))
@@ -100,11 +62,13 @@ def load_tokenizer(
 
     Args:
         model: folder or Hub id.
-        language: code or name; `""` where the rows say it.
+        language: code or name, which the tokenizer must know; `""`: not known yet.
         task: `transcribe` or `translate`.
+        model_option, language_option, task_option: named in error messages.
 
     Raises:
-        UserError: no such model, not a Whisper tokenizer, or a language or task it does not know.
+        UserError: the model does not exist or is not a Whisper model, or it does not know the
+            language or the task.
     """
     if task not in TASKS:
         raise UserError(f"{task_option} {task!r} is not a task: give transcribe or translate")
@@ -113,18 +77,18 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(_cannot_load(model, model_option, error)) from error
-    missing = [name for name in (START, END, NO_TIMESTAMPS) if not _knows(tokenizer, name)]
+    missing = [token for token in (START, END, NO_TIMESTAMPS) if not _knows(tokenizer, token)]
     if missing:
         raise UserError(
             f"{model_option} {model} is not a Whisper model (its tokenizer lacks {missing[0]}): "
             "give one such as openai/whisper-small"
         )
-    if is_english_only(tokenizer) and (code not in ("", "en") or task == "translate"):
-        wrong = (
-            f"{language_option} {language}" if code not in ("", "en") else f"{task_option} {task}"
-        )
+    unfit = f"{task_option} {task}" if task == "translate" else ""
+    if code not in ("", "en"):
+        unfit = f"{language_option} {language}"
+    if unfit and is_english_only(tokenizer):
         raise UserError(
-            f"{model_option} {model} is English-only and cannot take {wrong}: "
+            f"{model_option} {model} is English-only and cannot take {unfit}: "
             "give a multilingual model (no .en at the end of its name)"
         )
     if code and not has_language(tokenizer, code):
@@ -138,27 +102,48 @@ def load_tokenizer(
 def _cannot_load(model: str, option: str, error: Exception) -> str:
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if Path(model).is_dir():
-        reason = (str(error).splitlines() or [""])[0]
         return (
-            f"{option} {model} holds no tokenizer that loads ({reason}): give a Whisper checkpoint"
+            f"{option} {model} holds no tokenizer that loads ({first_line(error)}): "
+            "give a Whisper checkpoint"
         )
     if looks_local:
         return f"{option} {model} does not exist: give a checkpoint folder or a Hub id"
     return (
-        f"{option} {model} is neither a folder here nor a model the Hub gives us: check the name, "
+        f"{option} {model} is neither a local folder nor a model the Hub gives us: check the name, "
         "the network and HF_TOKEN, or give a local checkpoint folder"
     )
 
 
 def is_english_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this is the tokenizer of a `.en` model, whose labels name no language and no task."""
+    """Whether this is the tokenizer of a `.en` model, whose prompt has no language and no task."""
     end = tokenizer.convert_tokens_to_ids(END)
     return end == ENGLISH_ONLY_END or not _knows(tokenizer, "<|transcribe|>")
 
 
-def decoder_start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id every label row begins with: `<|startoftranscript|>`, which is not `bos_token_id`."""
-    return tokenizer.convert_tokens_to_ids(START)
+# ------ labels
+
+
+def prompt(tokenizer: PreTrainedTokenizerBase, language: str, task: str) -> list[int]:
+    """The ids before the text, in labels and in decoding.
+
+    Args:
+        tokenizer: of a Whisper model.
+        language: a code that `has_language` accepts.
+        task: `transcribe` or `translate`; both are unused by an English-only tokenizer.
+
+    Returns:
+        Start of transcript, language, task and no-timestamps; English-only: start of transcript
+        and no-timestamps.
+    """
+    tokens = [START, _language_token(tokenizer, language), f"<|{task}|>", NO_TIMESTAMPS]
+    if is_english_only(tokenizer):
+        tokens = [START, NO_TIMESTAMPS]
+    return tokenizer.convert_tokens_to_ids(tokens)
+
+
+def num_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Length of the prompt: 4, or 2 for an English-only tokenizer."""
+    return len(prompt(tokenizer, "en", "transcribe"))
 
 
 def make_labels(
@@ -167,12 +152,11 @@ def make_labels(
     """Label ids of a transcript.
 
     Args:
+        tokenizer, language, task: as in `prompt`.
         text: the transcript.
-        language: a code that `has_language` accepts.
-        task: `transcribe` or `translate`; both are unused by an English-only tokenizer.
 
     Returns:
-        start, language, task and no-timestamps ids, the text's, and the end id.
+        The prompt's ids, the text's and the end id.
 
     Raises:
         ValueError: `text` spells a special token, which the model would take for the real one.
@@ -180,32 +164,27 @@ def make_labels(
     special = SPECIAL.search(text)
     if special and _knows(tokenizer, special[0]):
         raise ValueError(f"the text spells the special token {special[0]}")
-    names = [START, _language_token(tokenizer, language), f"<|{task}|>", NO_TIMESTAMPS]
-    if is_english_only(tokenizer):
-        names = [START, NO_TIMESTAMPS]
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    return [*tokenizer.convert_tokens_to_ids(names), *ids, tokenizer.convert_tokens_to_ids(END)]
+    return [*prompt(tokenizer, language, task), *ids, tokenizer.convert_tokens_to_ids(END)]
 
 
-def num_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Labels before the text: 4, or 2 for an English-only tokenizer."""
-    return 2 if is_english_only(tokenizer) else 4
+# ------ whether two tokenizers agree
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Sixteen hex digits that are equal where two tokenizers write the same labels.
+    """Sixteen hex digits that are equal for two tokenizers that make the same labels.
 
-    It covers the ids of the text vocabulary, the start, end, task and no-timestamps tokens and the
-    languages; not the timestamps, `<|nospeech|>` or the spelling of Hebrew, in which published
-    copies of one tokenizer differ.
+    They cover the ids of the text vocabulary, the start, end, task and no-timestamps tokens and the
+    languages. They do not cover timestamps, `<|nospeech|>` or the spelling of Hebrew's token, in
+    which published copies of the same tokenizer differ.
     """
     vocabulary = tokenizer.get_vocab()
-    text = {name: at for name, at in vocabulary.items() if not SPECIAL.fullmatch(name)}
-    wanted = {START, END, NO_TIMESTAMPS, *(f"<|{task}|>" for task in TASKS)}
-    special = {name: at for name, at in vocabulary.items() if name in wanted}
-    for name, at in vocabulary.items():
-        code = ALIASES.get(name[2:-2], name[2:-2])
-        if SPECIAL.fullmatch(name) and code in LANGUAGES:
-            special[f"<|{code}|>"] = at
+    text = {token: index for token, index in vocabulary.items() if not SPECIAL.fullmatch(token)}
+    used = {START, END, NO_TIMESTAMPS, *(f"<|{task}|>" for task in TASKS)}
+    special = {token: index for token, index in vocabulary.items() if token in used}
+    for token, index in vocabulary.items():
+        code = ALIASES.get(token[2:-2], token[2:-2])
+        if SPECIAL.fullmatch(token) and code in LANGUAGES:
+            special[f"<|{code}|>"] = index
     content = json.dumps([sorted(text.items()), sorted(special.items())], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,18 +1,24 @@
-"""Codes and names of languages: which of Whisper's they mean, and what to take for those it lacks.
+"""Codes and names of languages as Whisper's codes, and relatives of languages that it lacks.
 
-Whisper has tokens for 100 languages, most of them named by ISO 639-1. Corpora name them by ISO
-639-3 (MMS, FLEURS), by locales (Common Voice), or in English.
+Whisper has tokens for 100 languages, most of them named by ISO 639-1. Corpora name languages by ISO
+639-3 (MMS, FLEURS), by locale (Common Voice), or in English.
 """
 
+import difflib
 import re
 import unicodedata
 
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-# Other spellings of one token: old ISO codes, Common Voice's and FLEURS' names.
+from common.cli import UserError
+
+MIN_LIKENESS = 0.8  # of misspelt names: Irish and yiddish have 0.67, marathy and marathi 0.86
+LONGEST_CODE = 3  # letters; any two codes are alike, so none is suggested as a correction
+
+# Other spellings of a token: old ISO codes, and names in Common Voice and FLEURS.
 ALIASES = {"iw": "he", "jv": "jw", "nb": "no", "fil": "tl", "cmn": "zh"}
 
-# ISO 639-3, and 639-2 where it differs; a macrolanguage's standard variety is taken for it.
+# ISO 639-3, and 639-2 if it differs; the standard variety of a macrolanguage stands for it.
 ISO_639_3_TEXT = """
 eng=en zho=zh chi=zh deu=de ger=de spa=es rus=ru kor=ko fra=fr fre=fr jpn=ja por=pt tur=tr pol=pl
 cat=ca nld=nl dut=nl ara=ar arb=ar swe=sv ita=it ind=id hin=hi fin=fi vie=vi heb=he ukr=uk ell=el
@@ -51,12 +57,11 @@ NAMES = {
     "euskara": "eu",
     "haitian kreyol": "ht",
 }
-# Sinitic languages by the subtags of zh; Common Voice's zh-HK, and FLEURS' yue_hant_hk, are spoken
-# Cantonese.
+# Sinitic languages as subtags of zh; zh-HK of Common Voice and yue_hant_hk of FLEURS are Cantonese.
 CANTONESE = ("yue", "hk", "mo")
 OTHER_SINITIC = ("min", "nan", "wuu", "hak", "gan", "hsn", "cdo", "cjy", "cpx", "mnp")
 
-# Whisper's language to take for one that it lacks: a relative, written alike where there is one.
+# Whisper's code: languages that it lacks and that are related, in the same script if possible.
 RELATED_TEXT = """
 ar: arz ary apc ajp acm afb ars aeb arq acw ayl apd
 bn: or ory ori odia oriya sat santali mni manipuri meitei syl sylheti rkt
@@ -112,32 +117,38 @@ en: tpi pisin pcm pidgin bis jam sco scots
 """
 
 
-def _parsed(text: str) -> dict[str, str]:
-    """`code: names` on lines, or on longer ones that are indented, as name -> code."""
+def _parse_related(text: str) -> dict[str, str]:
+    """Lines of `code: names`, which indented lines continue, as name -> code."""
     lines = text.strip().replace("\n    ", " ").splitlines()
     return {name: line.split(":")[0] for line in lines for name in line.split(":")[1].split()}
 
 
-RELATED = _parsed(RELATED_TEXT)
+RELATED = _parse_related(RELATED_TEXT)
 
 
-def plain(name: str) -> str:
-    """A name in lower case, without accents and white space at its ends."""
-    letters = unicodedata.normalize("NFKD", name.strip().lower())
-    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+def language_code(name: str, option: str = "--language") -> str:
+    """Whisper's code for `mr`, `Marathi` or `mr-IN`.
 
-
-def find(name: str) -> str:
-    """Whisper's code for a code, a name or a locale; `""` where there is none.
-
-    >>> find("Marathi"), find("hi-IN"), find("cmn_hans_cn"), find("Farsi"), find("zh-HK")
-    ('mr', 'hi', 'zh', 'fa', 'yue')
+    Raises:
+        UserError: Whisper lacks the language; suggests a related one, or the correct spelling.
     """
-    word = plain(name)
-    for known in (TO_LANGUAGE_CODE, NAMES):
-        if word in known:
-            return known[word]
-    code, *subtags = re.split("[-_]", word)
+    code = find_code(name)
+    if code:
+        return code
+    raise UserError(f"{option} {name!r} is not a language Whisper knows: {advice(name)}")
+
+
+def find_code(name: str) -> str:
+    """Whisper's code for a code, a name or a locale; `""` if there is none.
+
+    >>> find_code("Marathi"), find_code("hi-IN"), find_code("cmn_hans_cn"), find_code("zh-HK")
+    ('mr', 'hi', 'zh', 'yue')
+    """
+    plain = _simplify(name)
+    for codes in (TO_LANGUAGE_CODE, NAMES):
+        if plain in codes:
+            return codes[plain]
+    code, *subtags = re.split("[-_]", plain)
     code = ALIASES.get(code) or ISO_639_3.get(code, code)
     if code == "zh" and any(subtag in CANTONESE for subtag in subtags):
         return "yue"
@@ -146,15 +157,39 @@ def find(name: str) -> str:
     return code if code in LANGUAGES else ""
 
 
-def related(name: str) -> str:
-    """Whisper's code for a relative of a language that it lacks, `""` where none is known.
+def find_relative(name: str) -> str:
+    """Whisper's code for a relative of a language that it lacks; `""` if none is known.
 
-    >>> related("ga-IE"), related("Odia"), related("zh-min-nan")
+    >>> find_relative("ga-IE"), find_relative("Odia"), find_relative("zh-min-nan")
     ('cy', 'bn', 'zh')
     """
-    word = plain(name)
-    code, *subtags = re.split("[-_]", word)
+    plain = _simplify(name)
+    code, *subtags = re.split("[-_]", plain)
     if code == "zh":
         return "zh" if any(subtag in OTHER_SINITIC for subtag in subtags) else ""
-    last_word = word.split(" ")[-1]  # Scottish Gaelic, Central Kurdish
-    return next((RELATED[part] for part in (word, code, last_word) if part in RELATED), "")
+    last_word = plain.split(" ")[-1]  # Scottish Gaelic, Central Kurdish
+    return next((RELATED[key] for key in (plain, code, last_word) if key in RELATED), "")
+
+
+def advice(name: str) -> str:
+    """What to give instead of a language that Whisper lacks, or of a name that nobody knows."""
+    relative = find_relative(name)
+    if relative:
+        return f"it has no token; give that of a related language, such as {_spell(relative)}"
+    known = [*LANGUAGES.values(), *TO_LANGUAGE_CODE]
+    close = difflib.get_close_matches(_simplify(name), known, n=1, cutoff=MIN_LIKENESS)
+    if close and len(close[0]) > LONGEST_CODE:
+        return f"did you mean {_spell(close[0])}?"
+    return "give a code such as hi or a name such as hindi, or those of a related language"
+
+
+def _spell(name: str) -> str:
+    """`mr (marathi)` for either of them."""
+    code = TO_LANGUAGE_CODE.get(name, name)
+    return f"{code} ({LANGUAGES[code]})"
+
+
+def _simplify(name: str) -> str:
+    """A name in lower case, without accents and without white space at its ends."""
+    letters = unicodedata.normalize("NFKD", name.strip().lower())
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))

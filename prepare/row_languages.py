@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from common import labels
+from common import labels, languages
 from common.cli import UserError
 from prepare.reasons import NO_LANGUAGE, UNKNOWN_LANGUAGE
 from prepare.rows import Row
@@ -41,7 +41,7 @@ def settle_languages(
 def _settle(row: Row, tokenizer: PreTrainedTokenizerBase, language: str) -> Row:
     default = "en" if labels.is_english_only(tokenizer) else ""
     name = language or row.language or default
-    code = labels.find_language(name)
+    code = languages.find_code(name)
     if row.problem:
         return replace(row, language=code)
     if not name:
@@ -72,8 +72,8 @@ def _check_first(
         print(
             f"warning: clips in {settled.detail}, such as row 1, are dropped, because --model "
             f"{model} does not know the language: "
-            f"{labels.advice(settled.language or settled.detail)}"
+            f"{languages.advice(settled.language or settled.detail)}"
         )
-    own = labels.find_language(first.language)
-    if language and first.language and own != labels.find_language(language):
+    own = languages.find_code(first.language)
+    if language and first.language and own != languages.find_code(language):
         print(f"--language {language} is used for all rows, although row 1 says {first.language}")

@@ -10,7 +10,7 @@ from typing import TextIO
 import numpy as np
 import pyarrow as pa
 
-from common import files, labels, progress
+from common import files, languages, progress
 from common.cli import UserError
 from common.prepared import FEATURES, SPLITS
 from prepare import parts
@@ -32,7 +32,7 @@ def refuse_empty_result(facts: np.ndarray, paths: list[Path], source_name: str) 
     detail = first["detail"] or REASONS[first["reason"]]
     remedy = "correct the source"
     if REASONS[first["reason"]] == UNKNOWN_LANGUAGE:
-        remedy = f"--language: {labels.advice(labels.find_language(detail) or detail)}"
+        remedy = f"--language: {languages.advice(languages.find_code(detail) or detail)}"
     for path in paths:
         path.unlink(missing_ok=True)
     raise UserError(

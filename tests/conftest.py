@@ -1,5 +1,6 @@
 """Fixtures that several rooms share: a tiny checkpoint, a prepared corpus; always offline."""
 
+import json
 import os
 import sys
 import urllib.request
@@ -21,7 +22,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import WhisperForConditionalGeneration  # noqa: E402
 
-from common import whisper  # noqa: E402
+from common import labels, whisper  # noqa: E402
 from training import lora  # noqa: E402
 
 
@@ -35,6 +36,19 @@ def fresh_accelerator() -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Whisper with a 256-byte tokenizer."""
     return tiny.make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def english_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with an English-only tokenizer: no languages and no tasks."""
+    folder = tmp_path_factory.mktemp("model.en")
+    tiny.make_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    wanted = (labels.START, labels.END, labels.NO_TIMESTAMPS)
+    kept = [token for token in content["added_tokens"] if token["content"] in wanted]
+    content["added_tokens"] = [{**token, "id": 256 + index} for index, token in enumerate(kept)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
