@@ -43,22 +43,22 @@ class Config:
     """Prepare speech and transcripts for training and evaluation."""
 
     source: str = os.environ.get("SM_CHANNEL_SOURCE", "")  # folder, manifest, or hub:NAME[:CONFIG]
-    language: str = ""  # code or name; empty: each row's own language column
-    task: str = "transcribe"  # transcribe, or translate: the texts are English
-    model: str = "openai/whisper-small"  # whose tokenizer writes the labels; folder or Hub id
-    output_dir: str = "prepared"  # must be new, empty, or hold the same preparation
-    num_workers: int = os.cpu_count() or 1  # processes; the output does not depend on it
-    max_seconds: float = 30.0  # longer clips are dropped; Whisper's window is 30 s
-    min_seconds: float = 0.1  # shorter clips are dropped
-    max_chars_per_second: float = 40.0  # more text is dropped as impossible; fast speech has 25
-    audio_bits: int = 13  # significant bits stored of a sample; 16 stores audio without loss
+    language: str = ""  # code or name for all rows; empty: each row's own language column
+    task: str = "transcribe"  # transcribe, or translate if the texts are English translations
+    model: str = "openai/whisper-small"  # Whisper model that the labels are for; folder or Hub id
+    output_dir: str = "prepared"  # prepared dataset; must be new, empty, or hold this preparation
+    num_workers: int = os.cpu_count() or 1  # worker processes; the output does not depend on them
+    max_seconds: float = 30.0  # drop longer clips; Whisper's window is 30 seconds
+    min_seconds: float = 0.1  # drop shorter clips
+    max_chars_per_second: float = 40.0  # drop clips with more text per second; fast speech has 25
+    audio_bits: int = 13  # significant bits stored per sample; 16 is lossless
     forbid_text_overlap: bool = False  # drop held-out clips whose text is also in training
-    test_fraction: float = 0.1  # of the clips, if the source has no test or validation split
-    validation_fraction: float = 0.1  # likewise; of training, if the source lacks only this split
-    seed: int = 0  # of the cut into splits
-    hub_audio_column: str = "audio"  # of a Hub dataset
-    hub_text_column: str = ""  # of a Hub dataset; empty: text, sentence, transcript, transcription
-    s3_uri: str = ""  # s3://BUCKET/PREFIX to copy the result to; empty: nowhere
+    test_fraction: float = 0.1  # share of clips to test on, if the source has no held-out split
+    validation_fraction: float = 0.1  # share of clips to validate on, if the source has none
+    seed: int = 0  # seed of the cut into splits
+    hub_audio_column: str = "audio"  # Hub dataset's audio column
+    hub_text_column: str = ""  # Hub dataset's text column; empty: text, sentence, transcript[ion]
+    s3_uri: str = ""  # s3://BUCKET/PREFIX to copy the dataset to; empty: no copy
 
 
 PLACE_OPTIONS = ("output_dir", "num_workers", "s3_uri")  # do not change what is written
