@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from common import audio
 from common.labels import MAX_LABELS, make_labels
 from common.prepared import SPLITS
-from prepare import reasons
+from prepare import reading, reasons
 from prepare.reasons import REASONS
 from prepare.rows import Row
 from prepare.splits import hash64
@@ -99,13 +99,13 @@ def read_pcm(row: Row, options: ClipOptions) -> np.ndarray:
     if not row.audio and not os.path.isfile(row.path):  # noqa: PTH113 (Path's raises for long names)
         raise DroppedError(reasons.MISSING_AUDIO)
     try:
-        samples = audio.read_audio(
+        samples = reading.read_audio(
             BytesIO(row.audio) if row.audio else row.path,
             start_seconds=row.start_seconds,
             end_seconds=row.end_seconds,
             max_seconds=options.max_seconds,
         )
-    except audio.NeedsPyAVError as error:
+    except reading.NeedsPyAVError as error:
         raise DroppedError(reasons.NEEDS_PYAV, str(error)) from error
     except audio.AudioError as error:
         raise DroppedError(reasons.UNREADABLE_AUDIO, str(error)) from error

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.audio import encode_wav
 from common.cli import UserError, first_line
 from prepare import columns
+from prepare.reading import encode_wav
 from prepare.reasons import MALFORMED_ROW, NO_TEXT, OUTSIDE_SOURCE
 from prepare.rows import SPLIT_NAMES, Row, is_inside
 

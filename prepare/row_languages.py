@@ -45,7 +45,7 @@ def _settle(row: Row, tokenizer: PreTrainedTokenizerBase, language: str) -> Row:
     if row.problem:
         return replace(row, language=code)
     if not name:
-        detail = "neither the row nor --language names it"
+        detail = "neither the row nor --language says it"
         return replace(row, language=code, problem=NO_LANGUAGE, detail=detail)
     if not labels.has_language(tokenizer, code):
         return replace(row, language=code, problem=UNKNOWN_LANGUAGE, detail=name)

@@ -23,6 +23,7 @@ from test_house import ROOMS
 
 from common import adapter as adapter_files
 from common import audio, cli, whisper
+from prepare import reading
 
 SOURCES = [
     path
@@ -117,10 +118,11 @@ def test_a_hostile_manifest_reads_nothing_outside_its_folder(checkpoint, tmp_pat
 READ = """
 import resource, sys
 from common import audio
+from prepare import reading
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    print(len(audio.read_audio(sys.argv[1], max_seconds=30.0)) / 16_000, "s")
+    print(len(reading.read_audio(sys.argv[1], max_seconds=30.0)) / 16_000, "s")
 except audio.AudioError as error:
     print("AudioError", error)
 try:
@@ -174,7 +176,7 @@ def test_a_header_that_asks_for_absurd_rates_is_unreadable_audio(tmp_path):
     path = tmp_path / "absurd.wav"
     soundfile.write(path, np.zeros((200_000, 1000), np.int16), 8_000)
     with pytest.raises(audio.AudioError):
-        audio.read_audio(path, max_seconds=30.0)
+        reading.read_audio(path, max_seconds=30.0)
 
 
 # ------ secrets

@@ -1,4 +1,4 @@
-"""common/audio.py, the reading half: containers, rates, channels, parts of files, refusals."""
+"""prepare/reading.py: containers, rates, channels, parts of files, refusals."""
 
 import io
 import sys
@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.audio import (
-    SAMPLE_RATE,
-    AudioError,
-    NeedsPyAVError,
-    decode_flac,
-    encode_flac,
-    read_audio,
-    to_pcm,
-)
+from common.audio import SAMPLE_RATE, AudioError, decode_flac, encode_flac, to_pcm
+from prepare.reading import NeedsPyAVError, read_audio
 
 
 def chirp(seconds: float, rate: int, channels: int = 1) -> np.ndarray:

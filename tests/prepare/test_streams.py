@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from common import streams
-from common.audio import SAMPLE_RATE, AudioError, read_audio
+from common.audio import SAMPLE_RATE, AudioError
+from prepare import streams
+from prepare.reading import read_audio
 
 RATE = 16_000
 
@@ -209,7 +210,7 @@ def test_an_ordinary_file_is_decoded_once_and_no_tag_is_taken_for_sound(
     assert len(opened) == 1
 
 
-def test_a_container_that_is_not_mended_is_refused_with_the_remedy():
+def test_a_container_that_cannot_be_repaired_is_refused_with_the_remedy():
     data = encoded(noise(2), format="AIFF", subtype="PCM_16")
     frames, size = struct.pack(">I", 8_000), struct.pack(">I", 16_008)
     at_frames, at_size = data.index(b"COMM") + 10, data.index(b"SSND") + 4
