@@ -19,6 +19,7 @@ import pytest
 import sagemaker
 from short_run import SMALL
 from strict_aws import REGION, strict_aws
+from test_house import FILES, REACHED, ROOMS
 
 import train_lora
 from common import cli, provenance
@@ -368,6 +369,15 @@ def test_the_dockerfile_is_clean_and_the_entry_is_process_1():
             assert (launch.ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("program", ["preprocess", "train_lora", "eval_wer", "jobs.entry"])
+def test_the_image_has_every_file_that_its_programs_import(program):
+    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+    copied = set(" ".join(re.findall(r"^COPY (.*) \S+$", text, flags=re.M)).split())
+    files = [FILES[name].relative_to(launch.ROOT) for name in (program, *REACHED[program])]
+    needed = {file.parts[0] for file in files}
+    assert needed <= copied, f"{program} needs {needed - copied}"
+
+
 def test_results_of_the_image_name_the_commit_that_it_was_built_from(tmp_path, monkeypatch):
     assert re.match(r"[0-9a-f]{40}", provenance.git_commit()), "of this checkout"
     monkeypatch.setenv("GIT_COMMIT", "abc")
@@ -627,7 +637,7 @@ def test_the_token_reaches_the_script_and_nothing_else(checkpoint, tmp_path):
 def test_the_toolkit_of_aws_base_images_starts_the_same_entry(checkpoint, prepared, tmp_path):
     toolkit = Path(sys.executable).with_name("train")
     program = tmp_path / "program"
-    for name in ("common", "accelerate_configs", "docker"):
+    for name in ("common", "accelerate_configs", *ROOMS):
         shutil.copytree(launch.ROOT / name, program / name)
     for name in ("train_lora.py", "eval_wer.py"):
         shutil.copy(launch.ROOT / name, program)
