@@ -6,7 +6,7 @@
 
     train    train_lora.py on one node or many; --train.KEY VALUE for each of its options
     eval     eval_wer.py; --eval.KEY VALUE for each of its options
-    prepare  preprocess.py on one node or many; --prepare.KEY VALUE for each of its options
+    prepare  preprocess.py on one node; --prepare.KEY VALUE for each of its options
     status   phase, losses and word error rates so far, time, cost
     logs     what the nodes print; --follow true goes on until the job ends
     stop     let the job save and end

@@ -104,12 +104,19 @@ def contradictions(job: Job, options: Any) -> list[str]:
     if isinstance(job, Eval) and job.adapter_job and job.adapter_s3:
         found.append("--adapter_job and --adapter_s3 name two adapters: keep one")
     if isinstance(job, Prepare):
+        if job.instance_count > 1:
+            found.append(
+                f"--instance_count {job.instance_count}: a dataset is prepared on one machine: "
+                "give 1, and an --instance_type with more cores: 32 prepare about 10,000 hours in "
+                "about an hour"
+            )
         if job.network_isolation:
             found.append(
-                "--network_isolation true: the nodes meet in S3 and cannot reach it: leave it out"
+                "--network_isolation true: preprocess.py copies the dataset to S3 itself: "
+                "leave it out"
             )
         given = changed(options)
-        for key in ("source", "output_dir", "s3_uri", "num_shards", "shard"):
+        for key in ("source", "output_dir", "s3_uri"):
             if key in given:
                 found.append(f"--prepare.{key} {given[key]}: is set by the job: leave it out")
     return found

@@ -427,10 +427,10 @@ def say(message: str) -> None:
 
 
 def prepare_command(arguments: list[str]) -> tuple[Cluster, list[str]]:
-    """This node's share of a preparation."""
+    """preprocess.py on the one node of a processing job."""
     cluster = read_cluster(ML / "config" / "resourceconfig.json")
-    own = ["--output_dir", str(PREPARED)]
-    return cluster, [sys.executable, str(PROGRAM / "preprocess.py"), *arguments, *own]
+    command = [sys.executable, str(PROGRAM / "preprocess.py"), *arguments]
+    return cluster, [*command, "--output_dir", str(PREPARED)]
 
 
 def train_command() -> tuple[Cluster, list[str], dict[str, str], str]:

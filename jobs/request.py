@@ -300,7 +300,7 @@ def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
 
 
 def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str, Any]:
-    """The CreateProcessingJob request; the nodes write the prepared data to OUTPUT_S3/JOB."""
+    """The CreateProcessingJob request; preprocess.py writes the dataset to OUTPUT_S3/JOB."""
     source = f"{PROCESSING_DIR}/input/source"
     arguments = {
         "source": f"{source}/{job.source_file}" if job.source_file else source,

@@ -76,7 +76,7 @@ REQUESTS = {
     ),
     "prepare": lambda: job_request.build_processing_request(
         Prepare(
-            **BASE, source_s3=f"s3://{BUCKET}/raw/mr", instance_count=4,
+            **BASE, source_s3=f"s3://{BUCKET}/raw/mr",
             kms_key="1234abcd-12ab-34cd-56ef-1234567890ab",
         ),
         preprocess.Config(language="mr", model="openai/whisper-large-v2"), NAME,
@@ -240,6 +240,25 @@ def test_options_that_the_job_sets_are_refused():
         "--train.data_dir x: is set by the job: give --train_s3" in problems({"data_dir": "x"})[0]
     )
     assert "--model_s3 names another" in problems({"model": "m"}, model_s3=f"s3://{BUCKET}/m")[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"instance_count": 4},
+            "--instance_count 4: a dataset is prepared on one machine: give 1, and an "
+            "--instance_type with more cores: 32 prepare about 10,000 hours in about an hour",
+        ),
+        ({"network_isolation": True}, "--network_isolation true: preprocess.py copies the data"),
+    ],
+)
+def test_what_a_preparation_cannot_do_is_refused(wrong, message):
+    job = Prepare(**BASE, source_s3=f"s3://{BUCKET}/raw/mr", **wrong)
+    options = preprocess.Config(language="mr", model="openai/whisper-large-v2")
+    request = job_request.build_processing_request(job, options, NAME)
+    (problem,) = job_check.all_problems(job, options, request)
+    assert problem.startswith(message)
 
 
 def test_a_long_value_and_too_many_options_are_refused():

@@ -17,12 +17,14 @@ import boto3
 import launch
 import pytest
 import sagemaker
+import tiny
 from short_run import SMALL
-from strict_aws import REGION, strict_aws
+from strict_aws import BUCKET, REGION, strict_aws
 from test_house import FILES, REACHED, ROOMS
 
 import train_lora
 from common import cli, provenance
+from common.prepared import load_prepared
 from jobs import entry
 
 DOCKER = launch.ROOT / "docker"
@@ -117,14 +119,12 @@ def test_what_the_job_sets_gives_way_to_nothing_but_an_option_that_was_sent(tmp_
     assert own["output_dir"] == "/opt/ml/checkpoints"
 
 
-def test_a_preparation_gets_the_options_that_were_sent_and_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(entry, "ML", tmp_path)
-    (tmp_path / "config").mkdir()
-    hosts = {"hosts": ["algo-2", "algo-1"], "current_host": "algo-2"}
-    (tmp_path / "config" / "resourceconfig.json").write_text(json.dumps(hosts))
+def test_a_dataset_is_prepared_on_one_node():
     _, command = entry.prepare_command(["--language", "mr"])
-    assert command[1:4] == [str(launch.ROOT / "preprocess.py"), "--language", "mr"]
-    assert command[4:] == ["--output_dir", str(entry.PREPARED)]
+    assert command == [
+        sys.executable, str(launch.ROOT / "preprocess.py"), "--language", "mr",
+        "--output_dir", "/opt/ml/processing/prepared",
+    ]  # fmt: skip
 
 
 # ------ GPUs
@@ -614,6 +614,28 @@ def test_an_evaluation_scores_the_adapter_of_a_training_jobs_archive(
     assert {"base", "adapter"} <= scores.keys()
     assert "adapter: wer_raw=" in out
     assert "entry: copied" in out
+
+
+@pytest.mark.slow
+@pytest.mark.root
+def test_a_preparation_leaves_the_whole_dataset_in_s3(checkpoint, tmp_path):
+    clips = {"train": 7, "validation": 2, "test": 2}
+    source = tiny.make_corpus(tmp_path / "source", clips=clips)
+    ml = tmp_path / "ml"
+    shutil.copytree(source.parent, ml / "processing" / "input" / "source")
+    (ml / "input").mkdir()
+    given = [
+        "prepare", "--source", f"/opt/ml/processing/input/source/{source.name}", "--language", "mr",
+        "--model", str(checkpoint), "--num_workers", "1", "--s3_uri", f"s3://{BUCKET}/prepared",
+    ]  # fmt: skip
+    with strict_aws() as aws:
+        code, _, err = sagemaker.end(sagemaker.start_node(ml, *given))
+        assert code == 0, err[-3000:]
+        listed = aws.session.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="prepared/")
+    folder = ml / "processing" / "prepared"
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {one["Key"].removeprefix("prepared/") for one in listed["Contents"]} == written
+    assert {name: len(split) for name, split in load_prepared(str(folder))[0].items()} == clips
 
 
 @pytest.mark.slow

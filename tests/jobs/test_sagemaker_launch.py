@@ -579,7 +579,7 @@ def test_preparation_is_a_processing_job_that_status_logs_and_stop_know(aws, cap
         call("prepare", **options, source_s3=f"s3://{BUCKET}/none", prepare__language="mr")
     call(
         "prepare", **options, source_s3=f"s3://{BUCKET}/raw/mr", source_file="train.tsv",
-        instance_count=3, prepare__language="mr",
+        prepare__language="mr",
     )  # fmt: skip
     name = the_job(aws)
     arguments = aws.jobs[name]["AppSpecification"]["ContainerArguments"]
@@ -592,7 +592,7 @@ def test_preparation_is_a_processing_job_that_status_logs_and_stop_know(aws, cap
     call("logs", job=name)
     assert capsys.readouterr().out == "algo-1: kept 5 of 5 clips\n"
     call("status", job=name)
-    assert f"{name}: InProgress\ninstances  3 x ml.m5.4xlarge" in capsys.readouterr().out
+    assert f"{name}: InProgress\ninstances  1 x ml.m5.4xlarge" in capsys.readouterr().out
     call("stop", job=name)
     assert aws.jobs[name]["ProcessingJobStatus"] == "Stopping"
     with pytest.raises(cli.UserError, match="prepared data stays in S3"):

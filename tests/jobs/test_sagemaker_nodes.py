@@ -9,12 +9,9 @@ from pathlib import Path
 import launch
 import pytest
 import sagemaker
-import tiny
 from short_run import SMALL, records, small_options
-from strict_aws import BUCKET, strict_aws
 
 from benchmarks import machines
-from common.prepared import load_prepared
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 OPTIONS = SMALL | {"max_steps": 40, "save_every": 10}
@@ -130,34 +127,3 @@ def test_a_reclaimed_spot_node_has_both_save_and_neither_ends_by_itself(
     ends = [sagemaker.end(node, 60) for node in running]
     assert 0 not in [code for code, _, _ in ends]
     assert all("waits up to 130 s" in out for _, out, _ in ends)
-
-
-def test_two_nodes_prepare_one_dataset_and_meet_in_s3(checkpoint, tmp_path):
-    clips = {"train": 70, "validation": 5, "test": 7}
-    source = tiny.make_corpus(tmp_path / "source", clips=clips)
-    alone = tiny.prepare(source, checkpoint, tmp_path / "alone")
-    given = [
-        "prepare", "--source", f"/opt/ml/processing/input/source/{source.name}", "--language", "mr",
-        "--model", str(checkpoint), "--num_workers", "1", "--s3_uri", f"s3://{BUCKET}/prepared",
-    ]  # fmt: skip
-    with strict_aws() as aws:
-        running = []
-        for host in sagemaker.HOSTS:
-            ml = tmp_path / host
-            shutil.copytree(source.parent, ml / "processing" / "input" / "source")
-            for folder in ("config", "input"):
-                (ml / folder).mkdir()
-            said = {"current_host": host, "hosts": sagemaker.HOSTS}
-            (ml / "config" / "resourceconfig.json").write_text(json.dumps(said))
-            running.append(sagemaker.start_node(ml, *given))
-        ends = [sagemaker.end(node) for node in running]
-        assert [code for code, _, _ in ends] == [0, 0], (ends[0][2][-3000:], ends[1][2][-3000:])
-        s3 = aws.session.client("s3")
-        for found in s3.list_objects_v2(Bucket=BUCKET, Prefix="prepared/")["Contents"]:
-            target = tmp_path / found["Key"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            s3.download_file(BUCKET, found["Key"], str(target))
-    together, expected = (load_prepared(str(one))[0] for one in (tmp_path / "prepared", alone))
-    assert together.keys() == expected.keys()
-    for split in expected:
-        assert together[split][:] == expected[split][:], split
