@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 
-NOT_THERE = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
-# A bucket's name; S3 has more rules, which it tells itself.
+NOT_FOUND = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
+# A bucket's name; S3 itself reports what breaks its other rules.
 BUCKET_NAME = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def session() -> Any:
-    """AWS's own settings; raises UserError where they name a profile that is not there."""
+    """A session of AWS's own settings; raises UserError if they name an unknown profile."""
     import boto3
     from botocore.exceptions import BotoCoreError
 
@@ -23,36 +23,33 @@ def session() -> Any:
         return boto3.Session()
     except BotoCoreError as error:
         raise UserError(
-            f"AWS_PROFILE {os.environ.get('AWS_PROFILE', '')}: {error}: give one that "
-            "`aws configure list-profiles` lists, or unset AWS_PROFILE"
+            f"AWS_PROFILE {os.environ.get('AWS_PROFILE', '')}: {error}: give a profile "
+            "of `aws configure list-profiles`, or unset AWS_PROFILE"
         ) from error
 
 
 def client(service: str, region: str) -> Any:
-    """A client of `service`; an empty region takes the one AWS's own settings name."""
+    """A client of `service`; an empty region: the one of AWS's own settings.
+
+    All clients are made here: each request is tried up to five times.
+    """
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
     settings = session()
     region = region or settings.region_name
     if not region:
-        raise UserError("--region is empty and AWS's settings name none: give one: us-east-1")
+        raise UserError("no region configured: pass --region, as us-east-1")
     retries = Config(retries={"mode": "standard", "max_attempts": 5})
     try:
         return settings.client(service, region_name=region, config=retries)
     except (BotoCoreError, ValueError) as error:
-        raise UserError(f"--region {region}: {error}: give one, as us-east-1") from error
-
-
-def bucket_region(s3: Any, bucket: str) -> str:
-    """Where a bucket lies; empty where S3 does not say so. Raises as boto3 does."""
-    headers = s3.head_bucket(Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"]
-    return headers.get("x-amz-bucket-region", "")
+        raise UserError(f"--region {region}: {error}: give a region, as us-east-1") from error
 
 
 @contextmanager
-def told_in_one_line(what: str) -> Iterator[None]:
-    """Turn a refusal of AWS into a UserError about `what`: an option and its value."""
+def explain_errors(what: str) -> Iterator[None]:
+    """Turn errors of AWS's libraries into a UserError about `what`: an option and its value."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
@@ -63,12 +60,11 @@ def told_in_one_line(what: str) -> Iterator[None]:
             f"{what}: no AWS credentials found: set AWS_PROFILE or run `aws configure`"
         ) from error
     except (BotoCoreError, Boto3Error, ClientError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what}: AWS answers: {reason}") from error
+        raise UserError(f"{what}: AWS answers: {first_line(error)}") from error
 
 
 def uri_problem(s3_uri: str) -> str:
-    """What is wrong with an S3 URI, and the remedy; empty where nothing is.
+    """What is wrong with an S3 URI, and the remedy; empty if nothing is.
 
     >>> uri_problem("s3://bucket//a")
     "has an empty name between two slashes, which SageMaker refuses: write s3://bucket/a"
@@ -78,7 +74,7 @@ def uri_problem(s3_uri: str) -> str:
         return "is not an S3 URI: write s3://BUCKET/PREFIX"
     if not BUCKET_NAME.fullmatch(bucket):
         return (
-            f"{bucket} is no bucket's name: 3 to 63 of a-z, 0-9, '-' and '.': "
+            f"{bucket} is not a bucket's name: 3 to 63 of a-z, 0-9, '-' and '.': "
             "write s3://BUCKET/PREFIX"
         )
     if "//" in urlsplit(s3_uri).path:
@@ -91,7 +87,7 @@ def uri_problem(s3_uri: str) -> str:
 
 
 def split_uri(s3_uri: str) -> tuple[str, str]:
-    """Bucket and key (without a slash at either end) of `s3://BUCKET/KEY`; empty where it is none.
+    """Bucket and key (without a slash at either end) of `s3://BUCKET/KEY`; else both empty.
 
     >>> split_uri("s3://bucket/a/b/"), split_uri("bucket/a")
     (('bucket', 'a/b'), ('', ''))

@@ -135,6 +135,11 @@ def region_of(job: Job) -> str:
     return job.region or (named[1] if named else "")
 
 
+def role_arn(role: str) -> str:
+    """The ARN of a role; of one that is given by name an example: only IAM knows its account."""
+    return role if not role or role.startswith("arn:") else f"arn:aws:iam::{12 * '0'}:role/{role}"
+
+
 def processes(job: TrainingJob) -> int | None:
     """Processes of the whole job; `None` for an instance type whose GPUs are not known."""
     gpus = num_gpus(job.instance_type)

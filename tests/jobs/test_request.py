@@ -13,12 +13,12 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import eval_wer
 import preprocess
-import sagemaker_launch
 import train_lora
 from common import cli
 from jobs import check as job_check
 from jobs import fit as job_fit
 from jobs import instances
+from jobs import report as job_report
 from jobs import request as job_request
 from jobs.request import Eval, Prepare, Train, build_request
 
@@ -441,7 +441,7 @@ def test_an_unknown_price_stays_unknown():
     assert instances.price("ml.g5.2xlarge", "us-east-1") == (1.515, "2026-09-27")
     assert instances.price("ml.g5.2xlarge", "eu-west-1") is None
     assert instances.price("ml.m5.xlarge", "us-east-1") is None
-    told = sagemaker_launch.ceiling(train_job(instance_type="ml.p3.2xlarge"), 1)
+    told = job_report.cost_ceiling(train_job(instance_type="ml.p3.2xlarge"), 1)
     assert told.startswith("cost ceiling: unknown")
 
 
@@ -452,12 +452,12 @@ def test_the_default_instance_type_has_a_price(job):
 
 def test_the_ceiling_counts_every_instance_job_and_the_kept_ones():
     kept = train_job(instance_count=2, max_run_seconds=3600, keep_alive_seconds=1800)
-    told = sagemaker_launch.ceiling(kept, 4)
+    told = job_report.cost_ceiling(kept, 4)
     assert told.startswith(f"cost ceiling: {4 * 2 * 1.5 * 1.515:.2f} USD (4 x 2 x ml.g5.2xlarge")
     assert told.endswith("without disks, S3, data transfer and taxes")
     spot = train_job(spot=True, max_run_seconds=3600)
-    assert "cost ceiling: 1.51 USD" in sagemaker_launch.ceiling(spot, 1)
-    assert "spot is cheaper" in sagemaker_launch.ceiling(spot, 1)
+    assert "cost ceiling: 1.51 USD" in job_report.cost_ceiling(spot, 1)
+    assert "spot is cheaper" in job_report.cost_ceiling(spot, 1)
 
 
 @pytest.mark.parametrize(

@@ -482,8 +482,10 @@ def actions(name):
 
 
 def test_the_policies_allow_every_call_of_the_launcher():
-    source = (launch.ROOT / "sagemaker_launch.py").read_text(encoding="utf-8")
-    calls = set(re.findall(r"sagemaker\.((?:create|update|stop|describe)_\w+_job)", source))
+    files = [launch.ROOT / "sagemaker_launch.py", *(launch.ROOT / "jobs").glob("*.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    calls = set(re.findall(r"sagemaker\.((?:create|update|stop)_\w+_job)", source))
+    calls |= {"describe_training_job", "describe_processing_job"}  # `describe` composes the names
     assert {"update_training_job", "create_training_job"} <= calls
     wanted = {f"sagemaker:{call.title().replace('_', '')}" for call in calls}
     assert wanted <= actions("user"), wanted - actions("user")

@@ -17,7 +17,7 @@ from strict_aws import BUCKET, IMAGE, REGION, ROLE, ROLE_ARN, strict_aws
 
 import sagemaker_launch
 from common import cli, files
-from jobs import instances
+from jobs import follow, instances
 from jobs import report as job_report
 
 TRAIN = {
@@ -110,7 +110,7 @@ def test_a_roles_name_is_looked_up(aws):
         ({"model_s3": f"s3://{BUCKET}/base"}, "--model_s3 s3://example-bucket/base: is empty"),
         ({"role": "nobody"}, "--role nobody: AWS answers: "),
         ({"role": "arn:aws:iam::123456789012:role/nobody"}, "AWS answers: .*Could not assume role"),
-        ({"role": "arn:aws:iam::999999999999:role/other"}, "of another account than your cred"),
+        ({"role": "arn:aws:iam::999999999999:role/other"}, "belongs to another account than y"),
         (
             {"train__lora_rnk": 8},
             "unknown option --train.lora_rnk: did you mean --train.lora_rank?",
@@ -118,7 +118,7 @@ def test_a_roles_name_is_looked_up(aws):
         ({"train__lora_rank": 0}, "--train.lora_rank 0: give a positive number"),
         ({"sweep": "train.lora_rnk=8"}, "unknown option --train.lora_rnk: did you mean"),
         ({"sweep": "train.lora_rank=8,x"}, "x"),
-        ({"sweep": "train.lora_rank=8", "train__lora_rank": 4}, "stands in --sweep too: keep one"),
+        ({"sweep": "train.lora_rank=8", "train__lora_rank": 4}, "is in --sweep too: keep one"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_started(aws, wrong, message):
@@ -138,7 +138,7 @@ def test_a_mistake_is_told_before_anything_is_started(aws, wrong, message):
             "error: AWS_PROFILE nobody: The config profile (nobody) co",
         ),
         ({}, ["--region", "us east"], "error: --region us east: Provided region_name 'us east' do"),
-        ({}, [], "error: --region is empty and AWS's settings name none: give one: us-east-1"),
+        ({}, [], "error: no region configured: pass --region, as us-east-1"),
     ],
 )
 def test_a_mistake_in_awss_own_settings_is_told_in_one_line(variables, words, message):
@@ -201,7 +201,7 @@ def test_status_shows_phase_curve_time_cost_and_the_saving_of_spot(aws, capsys):
     )  # fmt: skip
     call("status", job=name)
     told = capsys.readouterr().out
-    assert f"{name}: Completed, not finished: start it again with --checkpoint_s3" in told
+    assert f"{name}: Completed, not finished: run it again with --checkpoint_s3" in told
     aws.put(f"whisper/{name}/checkpoints/train.json", "{}")
     call("status", job=name)
     told = capsys.readouterr().out
@@ -257,8 +257,8 @@ def test_a_sweep_that_meets_a_quota_names_what_runs_and_how_to_end_it(aws, capsy
     assert len(names) == 2
     told, group = str(error.value), names[0].rsplit("-", 1)[0]
     assert re.match("--name mr: AWS answers: .*ResourceLimitExceeded.*limit is 2", told), told
-    assert f"2 of 4 jobs were started before it and are paid for: {', '.join(names)}" in told
-    assert f"end them with python sagemaker_launch.py stop --job {group} --region {REGION}" in told
+    assert f"2 of 4 jobs were started before and are paid for: {', '.join(names)}" in told
+    assert f"stop them with python sagemaker_launch.py stop --job {group} --region {REGION}" in told
     assert capsys.readouterr().out == "".join(f"started {name}\n" for name in names)
     call("stop", job=group)
     assert {aws.jobs[name]["TrainingJobStatus"] for name in names} == {"Stopping"}
@@ -300,7 +300,7 @@ def test_logs_show_all_hosts_in_order_of_time(aws, capsys):
 
 
 def test_logs_follow_until_the_job_ends(aws, capsys, monkeypatch):
-    monkeypatch.setattr(sagemaker_launch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.05)
     call("train", **TRAIN)
     name = the_job(aws)
     capsys.readouterr()
@@ -371,7 +371,7 @@ def test_no_instances_are_kept_unless_asked_for(aws, capsys):
     ("state", "finished", "code", "fate"),
     [
         ("Completed", True, 0, "Completed"),
-        ("Completed", False, 1, "Completed, not finished: start it again with"),
+        ("Completed", False, 1, "Completed, not finished: run it again with"),
         ("Failed", False, 1, "Failed"),
         ("Stopped", False, 1, "Stopped"),
     ],
@@ -379,7 +379,7 @@ def test_no_instances_are_kept_unless_asked_for(aws, capsys):
 def test_wait_follows_a_job_and_exits_with_its_fate(
     aws, state, finished, code, fate, capsys, monkeypatch
 ):
-    monkeypatch.setattr(sagemaker_launch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.05)
     ended = []
 
     def run():
@@ -409,17 +409,17 @@ def test_wait_follows_a_job_and_exits_with_its_fate(
 
 
 def test_wait_waits_for_all_jobs_of_a_sweep(aws, capsys, monkeypatch):
-    monkeypatch.setattr(sagemaker_launch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.05)
     looks = []
 
-    def described(sagemaker, name, describe=sagemaker_launch._described):
+    def described(sagemaker, name, describe=follow._describe_existing):
         looks.append(name)
         if len(looks) > 3:
             aws.put(f"whisper/{name}/checkpoints/train.json", "{}")
             aws.end(name, "Failed" if name.endswith("02") else "Completed")
         return describe(sagemaker, name)
 
-    monkeypatch.setattr(sagemaker_launch, "_described", described)
+    monkeypatch.setattr(follow, "_describe_existing", described)
     with pytest.raises(SystemExit) as stop:
         call("train", **TRAIN, sweep="train.lora_rank=8,16", wait="true")
     assert stop.value.code == 1
@@ -540,11 +540,21 @@ def test_an_archive_cannot_write_outside_the_folder(aws, tmp_path):
     with tarfile.open(fileobj=data, mode="w:gz") as made:
         made.addfile(tarfile.TarInfo("../evil"), io.BytesIO())
     aws.put(f"whisper/{name}/output/model.tar.gz", data.getvalue())
-    aws.put(f"whisper/{name}/checkpoints/tensorboard/../../../evil2", "x")
     with pytest.raises(cli.UserError, match=r"model\.tar\.gz: cannot be unpacked"):
         call("fetch", job=name, output_dir=tmp_path / "out")
     assert not list(tmp_path.rglob("evil*"))
-    assert not (tmp_path / "out" / name).exists(), "nothing half-written"
+    assert not any((tmp_path / "out").iterdir()), "nothing half-written"
+
+
+def test_an_object_whose_name_leads_out_of_the_folder_is_refused(aws, tmp_path):
+    call("train", **TRAIN)
+    name = the_job(aws)
+    put_records(aws, name)
+    aws.put(f"whisper/{name}/checkpoints/tensorboard/../../../evil", "x")
+    with pytest.raises(cli.UserError, match=r"/evil: leads out of the folder: remove or rename"):
+        call("fetch", job=name, output_dir=tmp_path / "out")
+    assert not list(tmp_path.rglob("evil"))
+    assert not any((tmp_path / "out").iterdir()), "nothing half-written"
 
 
 # ------ eval, prepare, prices
