@@ -74,7 +74,7 @@ def uri_problem(s3_uri: str) -> str:
         return "is not an S3 URI: write s3://BUCKET/PREFIX"
     if not BUCKET_NAME.fullmatch(bucket):
         return (
-            f"{bucket} is not a bucket's name: 3 to 63 of a-z, 0-9, '-' and '.': "
+            f"{bucket} is no bucket's name: 3 to 63 of a-z, 0-9, '-' and '.': "
             "write s3://BUCKET/PREFIX"
         )
     if "//" in urlsplit(s3_uri).path:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.cli import UserError
+from jobs.contract import CHECKPOINTS, PROCESSING
 from jobs.instances import has_local_disk, num_gpus
 
 SPOT_SAVE_MINUTES = 10  # between checkpoints of a spot job, if nothing else is asked for
 WAIT_FACTOR = 2  # a spot job may wait for instances as long as it may run
-CHECKPOINT_DIR = "/opt/ml/checkpoints"  # SageMaker copies it to S3 while the job runs, and back
-PROCESSING_DIR = "/opt/ml/processing"
 NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"  # as train_lora.py writes it: 0.42, 1e-05
 METRICS = {  # name in SageMaker -> name in a log line
     "train:loss": "loss",
@@ -288,11 +287,11 @@ def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
         checkpoint_s3 = job.checkpoint_s3 or f"{job.output_s3.rstrip('/')}/{name}/checkpoints"
         request["CheckpointConfig"] = {
             "S3Uri": _folder(checkpoint_s3),
-            "LocalPath": CHECKPOINT_DIR,
+            "LocalPath": str(CHECKPOINTS),
         }
         if job.tensorboard_s3:
             request["TensorBoardOutputConfig"] = {
-                "LocalPath": f"{CHECKPOINT_DIR}/tensorboard",
+                "LocalPath": str(CHECKPOINTS / "tensorboard"),
                 "S3OutputPath": job.tensorboard_s3,
             }
     if job.subnets:
@@ -306,7 +305,7 @@ def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
 
 def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str, Any]:
     """The CreateProcessingJob request; preprocess.py writes the dataset to OUTPUT_S3/JOB."""
-    source = f"{PROCESSING_DIR}/input/source"
+    source = str(PROCESSING / "input" / "source")
     arguments = {
         "source": f"{source}/{job.source_file}" if job.source_file else source,
         "s3_uri": prepared_s3(job, name),

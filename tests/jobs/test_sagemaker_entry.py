@@ -25,7 +25,7 @@ from test_house import FILES, REACHED, ROOMS
 import train_lora
 from common import cli, provenance
 from common.prepared import load_prepared
-from jobs import entry
+from jobs import contract, entry, inputs, node
 
 DOCKER = launch.ROOT / "docker"
 STRANGE = [
@@ -50,7 +50,7 @@ STRANGE = [
 def test_a_hyperparameter_arrives_unchanged(value, tmp_path):
     file = tmp_path / "hyperparameters.json"
     file.write_text(json.dumps({"model": value, "sagemaker_program": "x"}), encoding="utf-8")
-    options = entry.read_options(file)
+    options = contract.read_options(file)
     assert options == {"model": value}
     show = "import sys, json; print(json.dumps(sys.argv[1:]))"
     shown = subprocess.run(
@@ -67,22 +67,23 @@ def test_booleans_of_either_sdk_are_understood():
 
 def test_a_nodes_number_orders_it(tmp_path):
     names = [f"algo-{number}" for number in (10, 2, 1, 11, 3)]
-    assert entry.in_order(names) == ("algo-1", "algo-2", "algo-3", "algo-10", "algo-11")
+    assert contract.in_order(names) == ("algo-1", "algo-2", "algo-3", "algo-10", "algo-11")
     file = tmp_path / "resourceconfig.json"
     file.write_text(json.dumps({"hosts": names, "current_host": "algo-10"}))
-    assert entry.read_cluster(file).rank == 3
-    assert entry.read_cluster(tmp_path / "none.json").hosts == ("localhost",)
+    assert contract.read_cluster(file).rank == 3
+    assert contract.read_cluster(tmp_path / "none.json").hosts == ("localhost",)
 
 
 def test_a_name_that_never_appears_ends_the_wait():
-    entry.wait_for_names(["localhost"])
-    with pytest.raises(entry.EntryError, match=r"no address of algo-2\.invalid within 0 s"):
-        entry.wait_for_names(["localhost", "algo-2.invalid"], seconds=0)
+    node.wait_for_names(["localhost"])
+    with pytest.raises(cli.UserError, match=r"no address of algo-2\.invalid within 0 s"):
+        node.wait_for_names(["localhost", "algo-2.invalid"], seconds=0)
 
 
 def command_for(hosts, host="algo-1", config="auto", per_host=1):
-    cluster = entry.Cluster(tuple(hosts), host, "eth0")
-    return entry.launch(cluster, "train_lora.py", {"seed": "1"}, config=config, per_host=per_host)
+    cluster, options = contract.Cluster(tuple(hosts), host, "eth0"), {"seed": "1"}
+    program = entry.launch(cluster, "train_lora.py", options, config=config, per_host=per_host)
+    return program.command, program.environment
 
 
 def test_one_process_is_started_without_the_launcher_and_chooses_its_precision_itself():
@@ -104,24 +105,33 @@ def test_many_processes_are_started_as_accelerate_takes_them():
     assert not [name for name in environment if name.startswith(("FI_", "NCCL_PROTO"))]
     assert "multi_gpu.yaml" in " ".join(command_for(["algo-1"], per_host=4)[0])
     assert "multi_node.yaml" in " ".join(command_for(hosts, per_host=4)[0])
-    with pytest.raises(entry.EntryError, match="--accelerate_config nine"):
+    with pytest.raises(cli.UserError, match="--accelerate_config nine"):
         command_for(hosts, config="nine")
 
 
-def test_what_the_job_sets_gives_way_to_nothing_but_an_option_that_was_sent(tmp_path, monkeypatch):
-    monkeypatch.setattr(entry, "ML", tmp_path)
+def test_the_job_sets_the_folders_of_its_channels_and_results(tmp_path):
     for name in ("train", "model"):
-        (tmp_path / "input" / "data" / name).mkdir(parents=True)
-    (tmp_path / "input" / "data" / "model" / "config.json").touch()
-    own = entry.set_by_job("train_lora.py", stage=False)
-    assert own["data_dir"] == str(tmp_path / "input" / "data" / "train")
-    assert own["model"] == str(tmp_path / "input" / "data" / "model")
-    assert own["output_dir"] == "/opt/ml/checkpoints"
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    options = inputs.set_by_job("train_lora.py", contract.read_channels(tmp_path), stage=False)
+    assert options["data_dir"] == str(tmp_path / "train")
+    assert options["model"] == str(tmp_path / "model")
+    assert options["output_dir"] == "/opt/ml/checkpoints"
+    assert inputs.set_by_job("eval_wer.py", {}, stage=False) == {
+        "output_dir": "/opt/ml/output/data"
+    }
+
+
+def test_the_entry_starts_without_heavy_libraries():
+    heavy = "{'boto3', 'botocore', 'numpy', 'pandas', 'pyarrow', 'torch', 'transformers'}"
+    show = f"import sys, jobs.entry; sys.exit(' '.join({heavy} & sys.modules.keys()))"
+    words = [sys.executable, "-c", show]
+    done = subprocess.run(words, cwd=launch.ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
 
 
 def test_a_dataset_is_prepared_on_one_node():
-    _, command = entry.prepare_command(["--language", "mr"])
-    assert command == [
+    assert entry.prepare_program(["--language", "mr"]).command == [
         sys.executable, str(launch.ROOT / "preprocess.py"), "--language", "mr",
         "--output_dir", "/opt/ml/processing/prepared",
     ]  # fmt: skip
@@ -141,33 +151,33 @@ def test_a_dataset_is_prepared_on_one_node():
     ],
 )  # fmt: skip
 def test_a_gpu_instance_without_cuda_fails_at_once(instance_type, answer, message, monkeypatch):
-    monkeypatch.setattr(entry, "ask_cuda", lambda: answer)
-    monkeypatch.setattr(entry, "DEVICES", Path("/nonexistent"))
+    monkeypatch.setattr(node, "ask_cuda", lambda: answer)
+    monkeypatch.setattr(node, "DEVICES", Path("/nonexistent"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if message:
-        with pytest.raises(entry.EntryError, match=re.escape(message)):
-            entry.find_gpus(instance_type)
+        with pytest.raises(cli.UserError, match=re.escape(message)):
+            node.find_gpus(instance_type)
     else:
-        assert entry.find_gpus(instance_type) == answer[0]
+        assert node.find_gpus(instance_type) == answer[0]
 
 
 def test_a_gpus_device_file_tells_of_it_where_the_instance_type_is_not_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(entry, "ask_cuda", lambda: (0, "RuntimeError: no driver"))
-    monkeypatch.setattr(entry, "DEVICES", tmp_path)
+    monkeypatch.setattr(node, "ask_cuda", lambda: (0, "RuntimeError: no driver"))
+    monkeypatch.setattr(node, "DEVICES", tmp_path)
     (tmp_path / "nvidiactl").touch()
-    assert entry.find_gpus("ml.new.xlarge") == 0
+    assert node.find_gpus("ml.new.xlarge") == 0
     (tmp_path / "nvidia0").touch()
-    with pytest.raises(entry.EntryError, match=r"CUDA does not start .*no driver"):
-        entry.find_gpus("ml.new.xlarge")
+    with pytest.raises(cli.UserError, match=r"CUDA does not start .*no driver"):
+        node.find_gpus("ml.new.xlarge")
 
 
 def test_cuda_is_asked_in_a_process_of_its_own(monkeypatch):
-    assert entry.ask_cuda()[0] == 0, "on this machine"
+    assert node.ask_cuda()[0] == 0, "on this machine"
     monkeypatch.setenv("PYTHONPATH", "/nonexistent")
-    monkeypatch.setattr(entry, "PROBE", "import nothing_like_it")
-    assert entry.ask_cuda() == (0, "ModuleNotFoundError: No module named 'nothing_like_it'")
-    monkeypatch.setattr(entry, "PROBE", "print('noise'); print(4)")
-    assert entry.ask_cuda() == (4, "")
+    monkeypatch.setattr(node, "PROBE", "import nothing_like_it")
+    assert node.ask_cuda() == (0, "ModuleNotFoundError: No module named 'nothing_like_it'")
+    monkeypatch.setattr(node, "PROBE", "print('noise'); print(4)")
+    assert node.ask_cuda() == (4, "")
 
 
 KERNEL_MODULES = {
@@ -186,21 +196,21 @@ def test_compatibility_libraries_come_first_where_the_driver_is_older(
     driver = tmp_path / "version"
     driver.write_text(f"NVRM version: NVIDIA UNIX {line} 2026\nGCC version: 11.4.0\n")
     is_older = version < tuple(int(part) for part in compat.split("."))
-    got = entry.library_path("/usr/lib64:/opt/lib", tmp_path, driver)
+    got = node.library_path("/usr/lib64:/opt/lib", tmp_path, driver)
     assert got == (f"{tmp_path}:" if is_older else "") + "/usr/lib64:/opt/lib"
-    assert entry.library_path("", tmp_path, driver) == (str(tmp_path) if is_older else "")
+    assert node.library_path("", tmp_path, driver) == (str(tmp_path) if is_older else "")
     for missing in (tmp_path / "none", tmp_path):
-        assert entry.library_path("/a", missing, tmp_path / "none") == "/a"
+        assert node.library_path("/a", missing, tmp_path / "none") == "/a"
     driver.unlink()
     driver.write_text("something else\n")
-    assert entry.library_path("/a", tmp_path, driver) == "/a"
+    assert node.library_path("/a", tmp_path, driver) == "/a"
 
 
 # ------ spot
 
 
 @pytest.mark.parametrize(
-    ("spot", "code", "heard", "note", "reclaimed"),
+    ("spot", "code", "received", "note", "reclaimed"),
     [
         ("true", 0, 0, "SIGTERM", True),  # on a node that got no signal itself
         ("true", 0, signal.SIGTERM, "SIGTERM", True),
@@ -212,11 +222,11 @@ def test_compatibility_libraries_come_first_where_the_driver_is_older(
         ("false", 0, signal.SIGTERM, "SIGTERM", False),
     ],
 )
-def test_who_waits_to_be_taken_away(spot, code, heard, note, reclaimed, tmp_path, monkeypatch):
+def test_who_waits_to_be_taken_away(spot, code, received, note, reclaimed, tmp_path, monkeypatch):
     monkeypatch.setenv("LAUNCH_SPOT", spot)
     if note:
         (tmp_path / "note").write_text(note)
-    assert entry.is_reclaimed(code, heard, tmp_path / "note") is reclaimed
+    assert entry.is_reclaimed(code, received, tmp_path / "note") is reclaimed
 
 
 STOPS = """
@@ -236,8 +246,9 @@ def test_a_reclaimed_node_that_is_not_killed_ends_as_failed(
     for name in ("LD_LIBRARY_PATH", "HF_HOME"):
         monkeypatch.setenv(name, "")
     command = [sys.executable, "-c", STOPS]
-    cluster = entry.Cluster(("algo-1", "algo-2"), "algo-2", "")
-    monkeypatch.setattr(entry, "train_command", lambda: (cluster, command, {}, "train_lora.py"))
+    cluster = contract.Cluster(("algo-1", "algo-2"), "algo-2", "")
+    program = entry.Program(cluster, "train_lora.py", command, {})
+    monkeypatch.setattr(entry, "train_program", lambda: program)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     ended = contextlib.nullcontext() if code == 0 else pytest.raises(SystemExit)
     try:
@@ -249,7 +260,7 @@ def test_a_reclaimed_node_that_is_not_killed_ends_as_failed(
     failure = tmp_path / "output" / "failure"
     if code:
         assert raised.value.code == code
-        assert failure.read_text() == "stopped by SIGTERM before the end: start it again"
+        assert failure.read_text() == "stopped by SIGTERM before the end: run it again"
     assert failure.exists() is bool(code)
     assert ("waits up to 0 s" in capsys.readouterr().out) is bool(code)
 
@@ -258,18 +269,17 @@ def test_a_reclaimed_node_that_is_not_killed_ends_as_failed(
 
 
 def test_a_staged_channel_is_a_whole_copy(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(entry, "SCRATCH", tmp_path / "scratch")
     source = tmp_path / "train"
     (source / "test").mkdir(parents=True)
     (source / "test" / "a.arrow").write_bytes(b"abc")
     (source / "preprocess.json").write_text("{}")
-    copy = entry.staged(source)
+    copy = inputs.copy_to_disk(source, tmp_path / "scratch")
     assert (copy / "test" / "a.arrow").read_bytes() == b"abc"
     assert (copy / "preprocess.json").read_text() == "{}"
     assert "copied 0.00 GB" in capsys.readouterr().out
-    monkeypatch.setattr(entry.shutil, "disk_usage", lambda path: type("D", (), {"free": 1})())
-    with pytest.raises(entry.EntryError, match=r"--stage_to_local true: .* give a larger --v"):
-        entry.staged(source)
+    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: type("D", (), {"free": 1})())
+    with pytest.raises(cli.UserError, match=r"--stage_to_local true: .* give a larger --v"):
+        inputs.copy_to_disk(source, tmp_path / "scratch")
 
 
 def pack(file, *names):
@@ -278,24 +288,24 @@ def pack(file, *names):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
 
 
-def test_an_adapter_is_found_in_its_folder_or_in_a_training_jobs_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(entry, "SCRATCH", tmp_path / "scratch")
+def test_an_adapter_is_found_in_its_folder_or_in_a_training_jobs_archive(tmp_path):
+    scratch = tmp_path / "scratch"
     plain = tmp_path / "plain"
     plain.mkdir()
-    with pytest.raises(entry.EntryError, match=r"--adapter_s3: no adapter_config\.json"):
-        entry.find_trained(plain, "adapter")
+    with pytest.raises(cli.UserError, match=r"--adapter_s3: no adapter_config\.json"):
+        inputs.find_trained(plain, "adapter", scratch)
     (plain / "adapter_config.json").touch()
-    assert entry.find_trained(plain, "adapter") == plain
+    assert inputs.find_trained(plain, "adapter", scratch) == plain
     packed = tmp_path / "packed"
     packed.mkdir()
     names = ("adapter/adapter_config.json", "model/config.json", "model_best/config.json")
     pack(packed / "model.tar.gz", *names)
     for kind in ("adapter", "model"):
-        found = entry.find_trained(packed, kind)
-        assert found == tmp_path / "scratch" / f"{kind}_channel" / kind
+        found = inputs.find_trained(packed, kind, scratch)
+        assert found == scratch / f"{kind}_channel" / kind
     pack(packed / "model.tar.gz", "../evil")
-    with pytest.raises(entry.EntryError, match="cannot be unpacked"):
-        entry.find_trained(packed, "adapter")
+    with pytest.raises(cli.UserError, match="cannot be unpacked"):
+        inputs.find_trained(packed, "adapter", scratch)
     assert not list(tmp_path.rglob("evil"))
 
 
@@ -318,19 +328,24 @@ def test_the_hubs_token_is_read_inside_the_container(kind, text, monkeypatch):
             client = aws.session.client("ssm")
             client.put_parameter(Name="hf", Value=content, Type="SecureString")
             arn = f"arn:aws:ssm:{REGION}:123456789012:parameter/hf"
-            assert entry.read_token(f"ssm:{arn}") == "hf_abc"
+            assert inputs.read_token(f"ssm:{arn}") == "hf_abc"
         else:
             client = boto3.client("secretsmanager", region_name=REGION)
             client.create_secret(Name="hf", SecretString=content)
-        assert entry.read_token(f"{kind}:hf") == "hf_abc"
-        with pytest.raises(entry.EntryError, match=f"--hf_token_from {kind}:nobody: cannot be"):
-            entry.read_token(f"{kind}:nobody")
+            client.create_secret(Name="other", SecretString="{}")
+            with pytest.raises(
+                cli.UserError, match="--hf_token_from .*:other: has no key HF_TOKEN"
+            ):
+                inputs.read_token("secretsmanager:other")
+        assert inputs.read_token(f"{kind}:hf") == "hf_abc"
+        with pytest.raises(cli.UserError, match=f"--hf_token_from {kind}:nobody: AWS answers: "):
+            inputs.read_token(f"{kind}:nobody")
 
 
 def test_a_failures_text_is_short_valid_and_without_the_token(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     file = tmp_path / "output" / "failure"
-    entry.fail("hf_secret " + "मराठी" * 1000, file)
+    contract.report_failure("hf_secret " + "मराठी" * 1000, file)
     text = file.read_text(encoding="utf-8")
     assert text.startswith("*** मराठी")
     assert len(file.read_bytes()) < 1024
@@ -350,7 +365,7 @@ def test_a_failures_text_is_short_valid_and_without_the_token(tmp_path, monkeypa
     ],
 )
 def test_the_reason_of_a_failure_is_the_scripts_own_line(stderr, said):
-    assert entry.reason(stderr.encode(), 2).startswith(f"exit code 2: {said}")
+    assert contract.explain_failure(stderr.encode(), 2).startswith(f"exit code 2: {said}")
 
 
 # ------ Dockerfile, script, policies

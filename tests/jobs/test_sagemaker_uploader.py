@@ -78,9 +78,7 @@ def test_a_folder_takes_the_place_of_a_link_and_of_a_file(tmp_path):
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
-def test_results_are_kept_without_the_uploaders_markers(tmp_path, monkeypatch):
-    monkeypatch.setattr(entry, "ML", tmp_path)
-    monkeypatch.setattr(entry, "CHECKPOINTS", tmp_path / "checkpoints")
+def test_results_are_kept_without_the_uploaders_markers(tmp_path):
     written = tmp_path / "checkpoints"
     for name in ("adapter/adapter_config.json", "train.json", "metrics.jsonl"):
         (written / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,14 +88,12 @@ def test_results_are_kept_without_the_uploaders_markers(tmp_path, monkeypatch):
     (written / "adapter.partial.sagemaker-ignore").mkdir()
     # a marker that is gone when it is to be copied, as a link that leads nowhere
     (written / "adapter" / "x.sagemaker-uploading").symlink_to("nowhere")
-    entry.keep_results(0)
+    entry.keep_results(written, tmp_path / "model")
     kept = {str(path.relative_to(tmp_path / "model")) for path in (tmp_path / "model").rglob("*")}
     assert kept == {"adapter", "adapter/adapter_config.json", "train.json", "metrics.jsonl"}
 
 
-def test_results_are_kept_while_they_are_uploaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(entry, "ML", tmp_path)
-    monkeypatch.setattr(entry, "CHECKPOINTS", tmp_path / "checkpoints")
+def test_results_are_kept_while_they_are_uploaded(tmp_path):
     written = Path(tmp_path, "checkpoints")
     (written / "adapter").mkdir(parents=True)
     for number in range(50):
@@ -105,6 +101,6 @@ def test_results_are_kept_while_they_are_uploaded(tmp_path, monkeypatch):
     (written / "train.json").write_text("{}")
     with sagemaker.Uploader(written, seconds=0.0005):
         for _ in range(50):
-            entry.keep_results(0)
+            entry.keep_results(written, tmp_path / "model")
     kept = [path.name for path in (tmp_path / "model" / "adapter").iterdir()]
     assert len(kept) == 50
