@@ -1,21 +1,13 @@
-"""Everything that is wrong with a job's options and its request, found offline and told at once.
-
-Options may contradict each other. A request is held against botocore's own description of it:
-botocore itself checks types and required members only; names, enumerations, patterns and limits are
-in its model all the same, and SageMaker refuses what breaks them minutes later.
-"""
+"""Everything that is wrong with a job's options and its request, offline and all at once."""
 
 import dataclasses
-import difflib
-import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import regex  # the patterns use Java's \p{L}, which `re` lacks
-
 from common.aws import uri_problem
+from jobs.aws_model import problems
 from jobs.fit import unfit
 from jobs.instances import has_local_disk, num_gpus
 from jobs.request import (
@@ -35,19 +27,15 @@ from jobs.request import (
 CONFIGS = {
     path.stem for path in Path(__file__).parent.parent.joinpath("accelerate_configs").glob("*.yaml")
 }
-SHARDED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")  # cut weights
+SHARDED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")  # engines that shard weights
 MAX_RUN_SECONDS = 28 * 24 * 3600  # of a training job; AWS's model says it in words only
-SET_BY_JOB = (  # variables that jobs/entry.py sets over what it finds
+SET_BY_JOB = (  # variables that jobs/entry.py overwrites
     "HF_TOKEN_FROM", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
     "ACCELERATE_MIXED_PRECISION", "STOPPED_BY_FILE",
 )  # fmt: skip
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY", re.IGNORECASE)
-TYPES = {
-    "string": str, "boolean": bool, "integer": int, "long": int, "float": float, "double": float,
-    "list": list, "map": dict, "structure": dict,
-}  # fmt: skip
-INPUTS = {Train: "train_s3", Eval: "test_s3", Prepare: "source_s3"}  # what a job cannot go without
-OF_REQUEST = {  # member of a request -> the option it comes from
+INPUTS = {Train: "train_s3", Eval: "test_s3", Prepare: "source_s3"}  # what a job needs
+OPTIONS = {  # member of a request -> the option it comes from
     "RoleArn": "--role",
     "TrainingJobName": "--name",
     "ProcessingJobName": "--name",
@@ -90,42 +78,204 @@ OF_REQUEST = {  # member of a request -> the option it comes from
 }
 
 
-# ------ what cannot be meant
+# ------ contradictions between options
+
+Rule = tuple[bool, str]  # whether it is broken, and what to say then
 
 
-def contradictions(job: Job, options: Any) -> list[str]:
-    """Options that SageMaker, or the container, would refuse only after the instances are paid."""
-    found = [*_general(job), *_added(job)]
+def contradictions(job: Job, options: Any) -> Iterator[Rule]:
+    """Rules that SageMaker or the container would apply only after the instances are paid.
+
+    Args:
+        options: of the script that the job runs.
+    """
+    yield from _general(job)
+    yield from _names(job)
+    for message in _replaced_options(job):
+        yield True, message
     if isinstance(job, TrainingJob):
-        found += [*_spot(job), *_engine(job, options), *_own_options(job, options)]
-        found += filter(None, [unfit(job, options)])
-        if job.network_isolation and not job.model_s3:
-            found.append("--network_isolation true: the Hub cannot be reached: give --model_s3")
-    if isinstance(job, Eval) and job.adapter_job and job.adapter_s3:
-        found.append("--adapter_job and --adapter_s3 name two adapters: keep one")
+        yield from _spot(job)
+        yield from _engine(job, options)
+        yield from _script_options(job, options)
+        problem = unfit(job, options)
+        yield problem is not None, str(problem)
+        yield (
+            job.network_isolation and not job.model_s3,
+            "--network_isolation true: the Hub cannot be reached: give --model_s3",
+        )
+    if isinstance(job, Eval):
+        yield (
+            bool(job.adapter_job and job.adapter_s3),
+            "--adapter_job and --adapter_s3 name two adapters: keep one",
+        )
     if isinstance(job, Prepare):
-        if job.instance_count > 1:
-            found.append(
-                f"--instance_count {job.instance_count}: a dataset is prepared on one machine: "
-                "give 1, and an --instance_type with more cores: 32 prepare about 10,000 hours in "
-                "about an hour"
-            )
-        if job.network_isolation:
-            found.append(
-                "--network_isolation true: preprocess.py copies the dataset to S3 itself: "
-                "leave it out"
-            )
-        given = changed(options)
-        for key in ("source", "output_dir", "s3_uri"):
-            if key in given:
-                found.append(f"--prepare.{key} {given[key]}: is set by the job: leave it out")
-    return found
+        yield from _preparation(job, options)
 
 
-def _added(job: Job) -> Iterator[str]:
-    """What `--request` may not hold: what has an option, which is checked, priced and obeyed."""
+def _general(job: Job) -> Iterator[Rule]:
+    for option in ("role", "image_uri", "output_s3"):
+        yield not getattr(job, option), f"--{option} is empty: give it"
+    data, added = INPUTS[type(job)], parse_request(job.request)
+    has_input = getattr(job, data) or {"InputDataConfig", "ProcessingInputs"} & added.keys()
+    yield not has_input, f"--{data} is empty: give it"
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        if field.name.endswith("_s3") and value:
+            problem = uri_problem(value)
+            yield bool(problem), f"--{field.name} {value}: {problem}"
+    yield (
+        job.dry_run and bool(job.role) and not job.role.startswith("arn:"),
+        f"--role {job.role}: a name needs IAM to find its ARN: give the ARN for a dry run",
+    )
+    yield (
+        bool(job.image_uri) and not region_of(job),
+        f"--region is empty and --image_uri {job.image_uri} names none: give one: us-east-1",
+    )
+    image_region = region_of(dataclasses.replace(job, region=""))
+    yield (
+        bool(job.region and image_region) and job.region != image_region,
+        f"--region {job.region}: the image is in {image_region}, and SageMaker only runs images of "
+        f"its own region: push it to {job.region}",
+    )
+    for option in ("instance_count", "volume_gb", "max_run_seconds"):
+        value = getattr(job, option)
+        yield value < 1, f"--{option} {value}: give 1 or more"
+    yield (
+        job.max_run_seconds > MAX_RUN_SECONDS,
+        f"--max_run_seconds {job.max_run_seconds}: give at most {MAX_RUN_SECONDS}, 28 days",
+    )
+    yield (
+        bool(job.subnets) != bool(job.security_groups),
+        "--subnets and --security_groups go together: give both, or neither",
+    )
+    yield (
+        "alias/" in job.kms_key and not has_local_disk(job.instance_type),
+        f"--kms_key {job.kms_key}: the disk of {job.instance_type} takes a key's id or ARN, no "
+        f"alias: give what `aws kms describe-key --key-id {job.kms_key}` answers as Arn",
+    )
+
+
+def _names(job: Job) -> Iterator[Rule]:
+    """Tags, variables and the token's place."""
+    for key in pairs(job.tags, "--tags"):
+        yield (
+            key.lower().startswith("aws:"),
+            f"--tags {key}: AWS reserves names that begin with aws: for itself: take another",
+        )
+    for name in pairs(job.environment, "--environment"):
+        yield (
+            name.startswith("LAUNCH_") or name in SET_BY_JOB,
+            f"--environment {name}: is set by the job: leave it out",
+        )
+        yield (
+            bool(SECRET_NAMES.search(name)),
+            f"--environment {name}: everybody who may look at the job reads it: keep it in "
+            "Secrets Manager and give --hf_token_from secretsmanager:NAME",
+        )
+    kind, _, place = job.hf_token_from.partition(":")
+    yield (
+        bool(job.hf_token_from) and (kind not in ("secretsmanager", "ssm") or not place),
+        # The value is not shown: it may be the token itself.
+        "--hf_token_from: write secretsmanager:NAME or ssm:NAME; the token itself stays out",
+    )
+    yield (
+        job.network_isolation and bool(job.hf_token_from),
+        f"--hf_token_from {kind}: cannot be read with --network_isolation true: leave one out",
+    )
+
+
+def _spot(job: TrainingJob) -> Iterator[Rule]:
+    yield (
+        job.spot and job.keep_alive_seconds > 0,
+        f"--keep_alive_seconds {job.keep_alive_seconds}: spot instances cannot be kept: "
+        "leave it out, or --spot false",
+    )
+    yield (
+        job.spot and max_wait(job) < job.max_run_seconds,
+        f"--max_wait_seconds {job.max_wait_seconds}: is less than --max_run_seconds "
+        f"{job.max_run_seconds}, which it includes: give {job.max_run_seconds} or more",
+    )
+    yield (
+        job.max_wait_seconds > 0 and not job.spot,
+        f"--max_wait_seconds {job.max_wait_seconds}: only spot jobs wait: give --spot true",
+    )
+
+
+def _engine(job: TrainingJob, options: Any) -> Iterator[Rule]:
+    config, count, gpus = job.accelerate_config, processes(job), num_gpus(job.instance_type)
+    option = f"--accelerate_config {config}"
+    yield (
+        config not in CONFIGS | {"auto"},
+        f"{option}: is not in accelerate_configs: give one of {', '.join(sorted(CONFIGS))}",
+    )
+    yield (
+        config == "single_gpu" and (job.instance_count > 1 or (count or 1) > 1),
+        f"{option}: is one process, and {job.instance_count} x {job.instance_type} would start "
+        f"{count or 'several'}: give auto",
+    )
+    yield (
+        config == "multi_gpu" and job.instance_count > 1,
+        f"{option}: is for one node, --instance_count is {job.instance_count}: give multi_node",
+    )
+    yield (
+        config == "cpu" and bool(gpus),
+        f"{option}: would leave the GPUs of {job.instance_type} idle: give auto",
+    )
+    yield (
+        config.startswith(("deepspeed", "fsdp")) and count == 1,
+        f"{option}: shards among processes, and 1 x {job.instance_type} starts one: give "
+        "auto, or more GPUs",
+    )
+    quantize = getattr(options, "quantize", "none")
+    yield (
+        config in SHARDED and quantize != "none",
+        f"--train.quantize {quantize}: packed weights cannot be sharded, as {config} does: "
+        "give --accelerate_config multi_gpu, multi_node or deepspeed_zero2",
+    )
+    yield (
+        bool(gpus) and job.processes_per_host > (gpus or 0),
+        f"--processes_per_host {job.processes_per_host}: {job.instance_type} has {gpus} GPUs: "
+        "give at most as many, or leave it out",
+    )
+    yield (
+        job.stage_to_local and job.input_mode == "File",
+        "--stage_to_local true: File mode has copied the data already: leave it out",
+    )
+
+
+def _script_options(job: TrainingJob, options: Any) -> Iterator[Rule]:
+    """Options of the script that the job sets."""
+    prefix, data = ("train", "--train_s3") if isinstance(job, Train) else ("eval", "--test_s3")
+    instead = {"data_dir": data, "adapter": "--adapter_s3"}
+    given = changed(options)
+    for key in ("data_dir", "output_dir", "cache_dir", "adapter"):
+        remedy = f"give {instead[key]} instead" if key in instead else "leave it out"
+        yield key in given, f"--{prefix}.{key} {given.get(key)}: is set by the job: {remedy}"
+    yield (
+        "model" in given and bool(job.model_s3),
+        f"--{prefix}.model {given.get('model')}: --model_s3 names another: keep one",
+    )
+
+
+def _preparation(job: Prepare, options: Any) -> Iterator[Rule]:
+    yield (
+        job.instance_count > 1,
+        f"--instance_count {job.instance_count}: a dataset is prepared on one machine: give 1, and "
+        "an --instance_type with more cores: 32 prepare about 10,000 hours in about an hour",
+    )
+    yield (
+        job.network_isolation,
+        "--network_isolation true: preprocess.py copies the dataset to S3 itself: leave it out",
+    )
+    given = changed(options)
+    for key in ("source", "output_dir", "s3_uri"):
+        yield key in given, f"--prepare.{key} {given.get(key)}: is set by the job: leave it out"
+
+
+def _replaced_options(job: Job) -> Iterator[str]:
+    """Members of `--request` that have an option, which is checked and counted in the cost."""
     for path, value in _paths(parse_request(job.request)):
-        for member, option in OF_REQUEST.items():
+        for member, option in OPTIONS.items():
             if path == member or path.startswith(f"{member}."):
                 yield f"--request {path}: has an option: give {option} instead"
             elif member.startswith(f"{path}.") and not isinstance(value, dict | list):
@@ -134,225 +284,33 @@ def _added(job: Job) -> Iterator[str]:
 
 
 def _paths(value: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
-    """Every path of a nested dictionary, `a.b.c`, and what it leads to."""
-    for key, one in value.items():
-        yield f"{start}{key}", one
-        if isinstance(one, dict):
-            yield from _paths(one, f"{start}{key}.")
+    """Every path of a nested dictionary, `a.b.c`, and its value."""
+    for key, item in value.items():
+        yield f"{start}{key}", item
+        if isinstance(item, dict):
+            yield from _paths(item, f"{start}{key}.")
 
 
-def _general(job: Job) -> Iterator[str]:
-    for option in ("role", "image_uri", "output_s3"):
-        if not getattr(job, option):
-            yield f"--{option} is empty: give it"
-    own_input = {"InputDataConfig", "ProcessingInputs"} & parse_request(job.request).keys()
-    if not getattr(job, INPUTS[type(job)]) and not own_input:
-        yield f"--{INPUTS[type(job)]} is empty: give it"
-    for field in dataclasses.fields(job):
-        value = getattr(job, field.name)
-        if field.name.endswith("_s3") and value and (problem := uri_problem(value)):
-            yield f"--{field.name} {value}: {problem}"
-    if job.dry_run and job.role and not job.role.startswith("arn:"):
-        yield f"--role {job.role}: a name needs IAM to find its ARN: give the ARN for a dry run"
-    if job.image_uri and not region_of(job):
-        yield f"--region is empty and --image_uri {job.image_uri} names none: give one: us-east-1"
-    image_region = region_of(dataclasses.replace(job, region=""))
-    if job.region and image_region and job.region != image_region:
-        yield (
-            f"--region {job.region}: the image lies in {image_region}, and SageMaker takes images "
-            f"of its own region only: push it to {job.region}"
-        )
-    for option in ("instance_count", "volume_gb", "max_run_seconds"):
-        if getattr(job, option) < 1:
-            yield f"--{option} {getattr(job, option)}: give 1 or more"
-    if bool(job.subnets) != bool(job.security_groups):
-        yield "--subnets and --security_groups go together: give both, or neither"
-    if job.max_run_seconds > MAX_RUN_SECONDS:
-        yield f"--max_run_seconds {job.max_run_seconds}: give at most {MAX_RUN_SECONDS}, 28 days"
-    for key in pairs(job.tags, "--tags"):
-        if key.lower().startswith("aws:"):
-            yield f"--tags {key}: AWS keeps names that begin with aws: for itself: take another"
-    if "alias/" in job.kms_key and not has_local_disk(job.instance_type):
-        yield (
-            f"--kms_key {job.kms_key}: the disk of {job.instance_type} takes a key's id or ARN, no "
-            f"alias: give what `aws kms describe-key --key-id {job.kms_key}` answers as Arn"
-        )
-    if job.network_isolation and job.hf_token_from:
-        yield (
-            f"--hf_token_from {job.hf_token_from.partition(':')[0]}: cannot be read with "
-            "--network_isolation true: leave one out"
-        )
-    for name in pairs(job.environment, "--environment"):
-        if name.startswith("LAUNCH_") or name in SET_BY_JOB:
-            yield f"--environment {name}: is set by the job: leave it out"
-        if SECRET_NAMES.search(name):
-            yield (
-                f"--environment {name}: everybody who may look at the job reads it: keep it in "
-                "Secrets Manager and give --hf_token_from secretsmanager:NAME"
-            )
-    kind, _, where = job.hf_token_from.partition(":")
-    if job.hf_token_from and (kind not in ("secretsmanager", "ssm") or not where):
-        yield (  # whatever stands there may be a token: it is not shown
-            "--hf_token_from: write secretsmanager:NAME or ssm:NAME; the token itself stays out"
-        )
-
-
-def _spot(job: TrainingJob) -> Iterator[str]:
-    if job.spot and job.keep_alive_seconds:
-        yield (
-            f"--keep_alive_seconds {job.keep_alive_seconds}: spot instances cannot be kept: "
-            "leave it out, or --spot false"
-        )
-    if job.spot and max_wait(job) < job.max_run_seconds:
-        yield (
-            f"--max_wait_seconds {job.max_wait_seconds}: is less than --max_run_seconds "
-            f"{job.max_run_seconds}, which it includes: give {job.max_run_seconds} or more"
-        )
-    if job.max_wait_seconds and not job.spot:
-        yield f"--max_wait_seconds {job.max_wait_seconds}: only spot jobs wait: give --spot true"
-
-
-def _engine(job: TrainingJob, options: Any) -> Iterator[str]:
-    config, count, gpus = job.accelerate_config, processes(job), num_gpus(job.instance_type)
-    told = f"--accelerate_config {config}"
-    if config not in CONFIGS | {"auto"}:
-        yield f"{told}: is not in accelerate_configs: give one of {', '.join(sorted(CONFIGS))}"
-    if config == "single_gpu" and (job.instance_count > 1 or (count or 1) > 1):
-        yield (
-            f"{told}: is one process, and {job.instance_count} x {job.instance_type} would start "
-            f"{count or 'several'}: give auto"
-        )
-    if config == "multi_gpu" and job.instance_count > 1:
-        yield f"{told}: is for one node, --instance_count is {job.instance_count}: give multi_node"
-    if config == "cpu" and gpus:
-        yield f"{told}: would leave the GPUs of {job.instance_type} idle: give auto"
-    if config.startswith(("deepspeed", "fsdp")) and count == 1:
-        yield (
-            f"{told}: shares out among processes, and 1 x {job.instance_type} starts one: give "
-            "auto, or more GPUs"
-        )
-    if config in SHARDED and getattr(options, "quantize", "none") != "none":
-        yield (
-            f"--train.quantize {options.quantize}: packed weights cannot be cut, as {config} does: "
-            "give --accelerate_config multi_gpu, multi_node or deepspeed_zero2"
-        )
-    if gpus and job.processes_per_host > gpus:
-        yield (
-            f"--processes_per_host {job.processes_per_host}: {job.instance_type} has {gpus} GPUs: "
-            "give at most as many, or leave it out"
-        )
-    if job.stage_to_local and job.input_mode == "File":
-        yield "--stage_to_local true: File mode has copied the data already: leave it out"
-
-
-def _own_options(job: TrainingJob, options: Any) -> Iterator[str]:
-    """Options of the script that the job sets."""
-    prefix = "train" if isinstance(job, Train) else "eval"
-    given = changed(options)
-    for key in ("data_dir", "output_dir", "cache_dir", "adapter"):
-        if key in given:
-            channel = {"data_dir": f"--{'train' if prefix == 'train' else 'test'}_s3"}
-            instead = channel.get(key, "--adapter_s3" if key == "adapter" else "nothing")
-            yield f"--{prefix}.{key} {given[key]}: is set by the job: give {instead} instead"
-    if "model" in given and job.model_s3:
-        yield f"--{prefix}.model {given['model']}: --model_s3 names another: keep one"
+# ------ all of it
 
 
 def all_problems(job: Job, options: Any, request: dict[str, Any]) -> list[str]:
-    """Contradictions, then what AWS's own model refuses and they have not named."""
+    """Broken rules, then what AWS's own model refuses about options that they do not name."""
+    broken = [message for is_broken, message in contradictions(job, options) if is_broken]
     operation = "CreateProcessingJob" if isinstance(job, Prepare) else "CreateTrainingJob"
-    found = contradictions(job, options)
-    named = {_option(problem) for problem in found}
     prefix = {Train: "train", Eval: "eval"}.get(type(job), "")
-    options_of = OF_REQUEST | {
+    names = OPTIONS | {
         f"HyperParameters.{key}": f"--{prefix}.{key}" for key in request.get("HyperParameters", {})
     }
-    options_of["InputDataConfig"] = f"--{INPUTS[type(job)]}"
-    options_of |= {path: f"--request {path}" for path, _ in _paths(parse_request(job.request))}
-    options_of |= {f"Environment.{key}": "--environment" for key in request.get("Environment", {})}
-    found += [
-        problem
-        for problem in problems(operation, request, options_of)
-        if _option(problem) not in named
-    ]
-    return found
+    names["InputDataConfig"] = f"--{INPUTS[type(job)]}"
+    names |= {path: f"--request {path}" for path, _ in _paths(parse_request(job.request))}
+    names |= {f"Environment.{key}": "--environment" for key in request.get("Environment", {})}
+    named = {_option(message) for message in broken}
+    refused = problems(operation, request, names)
+    return broken + [message for message in refused if _option(message) not in named]
 
 
 def _option(problem: str) -> str:
     """The option that a problem is about; of --request the member, too."""
     first, second, *_ = [*problem.split(), ""]
     return f"{first} {second.rstrip(':')}" if first == "--request" else first.rstrip(":")
-
-
-# ------ AWS's own model
-
-
-@functools.cache
-def _input_shape(operation: str) -> Any:
-    import botocore.session
-
-    model = botocore.session.get_session().get_service_model("sagemaker")
-    return model.operation_model(operation).input_shape
-
-
-def problems(
-    operation: str, request: dict[str, Any], options: Mapping[str, str] | None = None
-) -> list[str]:
-    """Everything that breaks the model of `operation`; empty where nothing does.
-
-    Args:
-        options: path in the request (`ResourceConfig.InstanceType`) -> the option it comes from,
-            which a problem is then named after.
-    """
-    return list(_walk(_input_shape(operation), request, "", options or {}))
-
-
-def _walk(shape: Any, value: Any, path: str, options: Mapping[str, str]) -> Iterator[str]:
-    name = options.get(path, path)
-    expected = TYPES[shape.type_name]
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        yield f"{name}: a {type(value).__name__}, where AWS wants a {shape.type_name}"
-        return
-    yield from (f"{name} {problem}" for problem in _broken_limits(shape, value))
-    below = f"{path}." if path else ""
-    if shape.type_name == "structure":
-        for missing in sorted(set(shape.required_members) - value.keys()):
-            yield f"{options.get(below + missing, below + missing)}: is missing: give it"
-        for key, one in value.items():
-            if key not in shape.members:
-                unknown = options.get(below + key, below + key)
-                yield f"{unknown}: AWS knows no such member{_closest(key, shape.members)}"
-            else:
-                yield from _walk(shape.members[key], one, below + key, options)
-    elif shape.type_name == "map":
-        for key, one in value.items():
-            yield from _walk(shape.key, key, f"{below}{key}", options)
-            yield from _walk(shape.value, one, f"{below}{key}", options)
-    elif shape.type_name == "list":
-        for one in value:
-            yield from _walk(shape.member, one, path, options)
-
-
-def _broken_limits(shape: Any, value: Any) -> Iterator[str]:
-    limits, shown = shape.metadata, str(value)[:60]
-    if "enum" in limits and value not in limits["enum"]:
-        yield f"{shown}: AWS knows no such value{_closest(value, limits['enum'])}"
-    if "pattern" in limits and not regex.fullmatch(limits["pattern"], value):
-        yield f"{shown!r}: does not match {limits['pattern']}"
-    if shape.type_name in ("structure", "boolean"):
-        return
-    is_number = shape.type_name in ("integer", "long", "float", "double")
-    size, unit = (value, "") if is_number else (len(value), _unit(shape.type_name))
-    if "min" in limits and size < limits["min"]:
-        yield f"{shown}: {size}{unit}, AWS wants at least {limits['min']}"
-    if "max" in limits and size > limits["max"]:
-        yield f"{shown}: {size}{unit}, AWS takes at most {limits['max']}"
-
-
-def _unit(type_name: str) -> str:
-    return " characters" if type_name == "string" else " entries"
-
-
-def _closest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f": did you mean {close[0]}?" if close else ""

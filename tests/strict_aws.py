@@ -21,7 +21,7 @@ from moto.sagemaker.exceptions import AWSValidationException, SagemakerClientErr
 from moto.sagemaker.responses import SageMakerResponse
 from moto.server import ThreadedMotoServer
 
-from jobs import check as job_check
+from jobs import aws_model
 
 ACCOUNT, REGION, BUCKET, ROLE = "123456789012", "us-east-1", "example-bucket", "whisper-training"
 ROLE_ARN = f"arn:aws:iam::{ACCOUNT}:role/{ROLE}"
@@ -78,7 +78,7 @@ class Aws:
 
 def refusals(aws: Aws, operation: str, request: dict[str, Any]) -> list[str]:
     """Why SageMaker would not take a request: its model, and the rules its documentation names."""
-    found = job_check.problems(operation, request)
+    found = aws_model.problems(operation, request)
     if found:
         return found
     name = request.get("TrainingJobName") or request["ProcessingJobName"]
@@ -166,7 +166,7 @@ def _patches(aws: Aws) -> dict[str, Any]:
 
     def update_training(self: SageMakerResponse) -> ActionResult:
         asked, job = json.loads(self.body), known(self, "Training")
-        found = job_check.problems("UpdateTrainingJob", asked)
+        found = aws_model.problems("UpdateTrainingJob", asked)
         if job.get("WarmPoolStatus", {}).get("Status") not in ("Available", "InUse"):
             found.append("The request was rejected: no instances are kept")
         if found:

@@ -15,9 +15,9 @@ import eval_wer
 import preprocess
 import train_lora
 from common import cli
+from jobs import aws_model, instances
 from jobs import check as job_check
 from jobs import fit as job_fit
-from jobs import instances
 from jobs import report as job_report
 from jobs import request as job_request
 from jobs.request import Eval, Prepare, Train, build_request
@@ -90,7 +90,7 @@ def test_a_request_is_the_golden_one_and_aws_model_takes_it(name):
     file = GOLDEN / f"{name}.json"
     assert request == json.loads(file.read_text(encoding="utf-8")), f"{file} differs"
     operation = f"Create{'Processing' if name == 'prepare' else 'Training'}Job"
-    assert job_check.problems(operation, request) == []
+    assert aws_model.problems(operation, request) == []
 
 
 def test_everything_that_the_estimator_of_sdk_v2_sent_is_sent_or_has_its_reason():
@@ -203,10 +203,10 @@ WRONG = [
     ({"environment": "LAUNCH_SCRIPT=x.py"}, "--environment LAUNCH_SCRIPT: is set by the job: leav"),
     ({"environment": "NCCL_SOCKET_IFNAME=lo"}, "--environment NCCL_SOCKET_IFNAME: is set by the j"),
     ({"max_run_seconds": 2_419_201}, "--max_run_seconds 2419201: give at most 2419200, 28 days"),
-    ({"tags": "aws:owner=a"}, "--tags aws:owner: AWS keeps names that begin with aws: for itself"),
+    ({"tags": "aws:owner=a"}, "--tags aws:owner: AWS reserves names that begin with aws: fo"),
     ({"tags": ",".join(f"k{i}=v" for i in range(51))}, "51 entries, AWS takes at most 50"),
     ({"name": "x" * 50}, "does not match [a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}"),
-    ({"region": "eu-west-1"}, "--region eu-west-1: the image lies in us-east-1"),
+    ({"region": "eu-west-1"}, "--region eu-west-1: the image is in us-east-1"),
     ({"image_uri": "whisper:latest"}, "--region is empty and --image_uri whisper:latest names"),
     ({"subnets": "subnet-1"}, "--subnets and --security_groups go together"),
     ({"network_isolation": True}, "--network_isolation true: the Hub cannot be reached"),
@@ -229,10 +229,10 @@ def test_each_contradiction_is_named_with_its_remedy(wrong, message):
 
 
 @pytest.mark.parametrize("config", ["deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2"])
-def test_packed_weights_are_not_cut(config):
+def test_packed_weights_are_not_sharded(config):
     found = problems({"quantize": "nf4"}, instance_type="ml.g5.12xlarge", accelerate_config=config)
     assert len(found) == 1
-    assert f"--train.quantize nf4: packed weights cannot be cut, as {config} does" in found[0]
+    assert f"--train.quantize nf4: packed weights cannot be sharded, as {config} does" in found[0]
 
 
 def test_options_that_the_job_sets_are_refused():
@@ -265,7 +265,7 @@ def test_a_long_value_and_too_many_options_are_refused():
     long = problems({"lora_targets": ",".join(["q_proj"] * 400)})
     assert any("--train.lora_targets" in one and "at most 2500" in one for one in long), long
     request = train_request() | {"HyperParameters": {f"k{i}": "v" for i in range(101)}}
-    (problem,) = job_check.problems("CreateTrainingJob", request)
+    (problem,) = aws_model.problems("CreateTrainingJob", request)
     assert problem.startswith("HyperParameters ")
     assert problem.endswith(": 101 entries, AWS takes at most 100")
 
@@ -292,14 +292,14 @@ def test_all_problems_are_told_at_once_and_each_option_once():
     ],
 )
 def test_the_model_of_aws_is_kept_to(member, value, message):
-    found = job_check.problems("CreateTrainingJob", train_request() | {member: value})
+    found = aws_model.problems("CreateTrainingJob", train_request() | {member: value})
     assert any(message in one for one in found), found
 
 
 def test_processing_has_no_fastfile():
     request = REQUESTS["prepare"]()
     request["ProcessingInputs"][0]["S3Input"]["S3InputMode"] = "FastFile"
-    (problem,) = job_check.problems("CreateProcessingJob", request)
+    (problem,) = aws_model.problems("CreateProcessingJob", request)
     assert "FastFile: AWS knows no such value" in problem
 
 
@@ -477,7 +477,7 @@ def test_every_instance_type_with_a_price_is_one_that_sagemaker_has():
     table = json.loads(instances.TABLE.read_text(encoding="utf-8"))
     for region in table["regions"].values():
         for kind in region["usd_an_hour"]:
-            assert not job_check.problems("CreateTrainingJob", train_request(instance_type=kind))
+            assert not aws_model.problems("CreateTrainingJob", train_request(instance_type=kind))
             assert instances.num_gpus(kind) is not None
 
 
