@@ -97,8 +97,7 @@ def contradictions(job: Job, options: Any) -> Iterator[Rule]:
         yield from _spot(job)
         yield from _engine(job, options)
         yield from _script_options(job, options)
-        problem = unfit(job, options)
-        yield problem is not None, str(problem)
+        yield from _instance(job, options)
         yield (
             job.network_isolation and not job.model_s3,
             "--network_isolation true: the Hub cannot be reached: give --model_s3",
@@ -241,6 +240,27 @@ def _engine(job: TrainingJob, options: Any) -> Iterator[Rule]:
         job.stage_to_local and job.input_mode == "File",
         "--stage_to_local true: File mode has copied the data already: leave it out",
     )
+
+
+def _instance(job: TrainingJob, options: Any) -> Iterator[Rule]:
+    """Whether the instance type can run the job; of what ZeRO-3 shards the memory is not known."""
+    from common.memory import Step  # imports torch, which `status` does not need
+
+    step = None
+    if isinstance(job, Train) and "zero3" not in job.accelerate_config:
+        step = Step(
+            device="cuda",
+            bytes_per_value=4 if options.precision == "fp32" else 2,
+            tune=options.tune,
+            lora_targets=tuple(options.lora_targets.split(",")),
+            lora_scope=options.lora_scope,
+            quantize=options.quantize,
+            checkpointing=options.gradient_checkpointing,
+            encoder_cached=options.cache_encoder,
+        )
+    model = "" if job.model_s3 else options.model
+    problem = unfit(job.instance_type, model, step, getattr(options, "lora_rank", 0))
+    yield problem is not None, str(problem)
 
 
 def _script_options(job: TrainingJob, options: Any) -> Iterator[Rule]:

@@ -1,16 +1,19 @@
-"""Whether an instance type can run a job at all: known before it is paid for, or not said."""
+"""Whether an instance type can run a job at all, as far as that is known before it is paid for."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jobs.instances import GPU_OF, num_gpus
-from jobs.request import Eval, Train, TrainingJob
+
+if TYPE_CHECKING:  # imports torch, which `status` does not need
+    from common.memory import Step, Weights
 
 OLDEST_CAPABILITY = 7.5  # of GPUs that torch's wheels for CUDA 13, as in the image, are built for
 CPU_PARAMETERS = 500e6  # a larger model is not trained or scored on CPUs in a job's time
 BYTES_OF_BASE = {"int8": 1.1, "nf4": 0.6}  # a parameter, with embeddings in half: an estimate
+LARGER = ("ml.g5.2xlarge", "ml.g6e.2xlarge", "ml.p4d.24xlarge", "ml.p5.4xlarge")
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ SHAPES = {  # by the end of the name
 
 
 def shape_of(model: str) -> Shape | None:
-    """Size of `openai/whisper-SIZE`, or of a folder's model; `None` where it is not known."""
+    """Size of `openai/whisper-SIZE`, or of the model in a folder; `None`: unknown."""
     file = Path(model, "config.json")
     if file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8"))
-        width, enc, dec = said["d_model"], said["encoder_layers"], said["decoder_layers"]
-        layers = 12 * enc + 16 * dec  # matrices of width x width
-        return Shape(width, enc, dec, layers * width**2 + said.get("vocab_size", 0) * width)
+        config = json.loads(file.read_text(encoding="utf-8"))
+        width, enc, dec = config["d_model"], config["encoder_layers"], config["decoder_layers"]
+        matrices = 12 * enc + 16 * dec  # of width x width
+        return Shape(width, enc, dec, matrices * width**2 + config.get("vocab_size", 0) * width)
     name = model.removeprefix("openai/whisper-")
     if name == model:
         return None
@@ -49,16 +52,30 @@ def shape_of(model: str) -> Shape | None:
     return SHAPES.get(name.removeprefix("large-v3-"))
 
 
-def memory_problem(gpu_gib: float, options: Any, shape: Shape) -> str | None:
+def estimate_weights(shape: Shape, step: "Step", lora_rank: int) -> "Weights":
+    """The weights that train_lora.py would count in the loaded model."""
+    from common.memory import Weights
+
+    if step.tune == "lora":
+        attentions = shape.encoder_layers + 2 * shape.decoder_layers
+        trainable = attentions * len(step.lora_targets) * 2 * shape.width * lora_rank
+        bytes_each = BYTES_OF_BASE.get(step.quantize, step.bytes_per_value)
+        return Weights(base=int(bytes_each * shape.parameters), trainable=trainable)
+    frozen = 0
+    if step.tune == "encoder_frozen":
+        frozen = 12 * shape.encoder_layers * shape.width**2
+    return Weights(base=4 * frozen, trainable=int(shape.parameters) - frozen)
+
+
+def memory_problem(gpu_gib: float, shape: Shape, step: "Step", lora_rank: int) -> str | None:
     """Why a training step of one clip does not fit, by train_lora.py's own estimate.
 
     Args:
-        gpu_gib: memory of a GPU with nothing on it.
-        options: of train_lora.py.
+        gpu_gib: memory of an empty GPU.
     """
-    from transformers import WhisperConfig  # seconds; train_lora.py has it loaded already
+    from transformers import WhisperConfig
 
-    from common.memory import USED_SHARE, Step, Weights, plan_memory
+    from common.memory import USED_SHARE, plan_memory
 
     config = WhisperConfig(
         d_model=shape.width,
@@ -68,28 +85,7 @@ def memory_problem(gpu_gib: float, options: Any, shape: Shape) -> str | None:
         decoder_ffn_dim=4 * shape.width,
         vocab_size=51_866,
     )
-    half = options.precision != "fp32"
-    if options.tune == "lora":
-        attentions = shape.encoder_layers + 2 * shape.decoder_layers
-        matrices = attentions * len(options.lora_targets.split(","))
-        trainable = matrices * 2 * shape.width * options.lora_rank
-        held = BYTES_OF_BASE.get(options.quantize, 2 if half else 4)
-        weights = Weights(base=int(held * shape.parameters), trainable=trainable)
-    else:
-        frozen = 0.0
-        if options.tune == "encoder_frozen":
-            frozen = 12 * shape.encoder_layers * shape.width**2
-        weights = Weights(base=int(4 * frozen), trainable=int(shape.parameters - frozen))
-    step = Step(
-        device="cuda",
-        bytes_per_value=2 if half else 4,
-        tune=options.tune,
-        lora_targets=tuple(options.lora_targets.split(",")),
-        lora_scope=options.lora_scope,
-        quantize=options.quantize,
-        checkpointing=options.gradient_checkpointing,
-        encoder_cached=options.cache_encoder,
-    )
+    weights = estimate_weights(shape, step, lora_rank)
     try:
         plan_memory(config, weights, step, memory_gib=gpu_gib * USED_SHARE)
     except ValueError as error:
@@ -97,17 +93,21 @@ def memory_problem(gpu_gib: float, options: Any, shape: Shape) -> str | None:
     return None
 
 
-def unfit(job: TrainingJob, options: Any) -> str | None:
-    """Why the instance type cannot run the job, and what can; `None` where nothing is known."""
-    family = job.instance_type.split(".")[1] if "." in job.instance_type else ""
-    told = f"--instance_type {job.instance_type}:"
+def unfit(instance_type: str, model: str, step: "Step | None", lora_rank: int = 0) -> str | None:
+    """Why an instance type cannot run a job, and which can; `None` if nothing is known against it.
+
+    Args:
+        model: name or folder of the base; empty: unknown.
+        step: what a training step computes; `None`: its memory is not estimated.
+    """
+    family = instance_type.split(".")[1] if "." in instance_type else ""
+    option, shape = f"--instance_type {instance_type}:", shape_of(model)
     if family.startswith(("trn", "inf", "p6e")):
         chip = "an Arm CPU" if family.startswith("p6e") else "AWS's own chips instead of GPUs"
-        return f"{told} has {chip}, for which the image is not built: give ml.g5.2xlarge"
-    shape = shape_of(getattr(options, "model", "")) if not job.model_s3 else None
-    if num_gpus(job.instance_type) == 0 and shape and shape.parameters > CPU_PARAMETERS:
+        return f"{option} has {chip}, for which the image is not built: give ml.g5.2xlarge"
+    if num_gpus(instance_type) == 0 and shape and shape.parameters > CPU_PARAMETERS:
         return (
-            f"{told} has no GPU, and {options.model} has {shape.parameters / 1e6:,.0f} million "
+            f"{option} has no GPU, and {model} has {shape.parameters / 1e6:,.0f} million "
             "parameters: give ml.g5.2xlarge"
         )
     gpu = GPU_OF.get(family)
@@ -115,24 +115,26 @@ def unfit(job: TrainingJob, options: Any) -> str | None:
         return None
     if gpu.capability < OLDEST_CAPABILITY:
         return (
-            f"{told} its {gpu.name} (compute capability {gpu.capability}) is older than torch for "
-            f"CUDA 13 can use, {OLDEST_CAPABILITY}: give ml.g4dn.xlarge or ml.g5.2xlarge"
+            f"{option} its {gpu.name} (compute capability {gpu.capability}) is older than torch "
+            f"for CUDA 13 can use, {OLDEST_CAPABILITY}: give ml.g4dn.xlarge or ml.g5.2xlarge"
         )
-    if isinstance(job, Eval) or shape is None or "zero3" in job.accelerate_config:
+    if step is None or shape is None:
         return None
-    assert isinstance(job, Train)
-    problem = memory_problem(gpu.gib, options, shape)
+    problem = memory_problem(gpu.gib, shape, step, lora_rank)
     if problem is None:
         return None
-    larger = [
-        other
-        for other in ("g5.2xlarge", "g6e.2xlarge", "p4d.24xlarge", "p5.4xlarge")
-        if GPU_OF[other.split(".")[0]].gib > gpu.gib
-        and memory_problem(GPU_OF[other.split(".")[0]].gib, options, shape) is None
-    ]
-    other = "quantize nf4" if options.tune == "lora" else "tune lora"
-    remedy = f"give ml.{larger[0]}" if larger else "take a smaller --train.model"
+    remedy = larger_instance(gpu.gib, shape, step, lora_rank)
+    other = "quantize nf4" if step.tune == "lora" else "tune lora"
     return (
-        f"{told} {options.model} with --train.tune {options.tune} does not fit its {gpu.name}: "
+        f"{option} {model} with --train.tune {step.tune} does not fit its {gpu.name}: "
         f"{problem}: {remedy}, or --train.{other}"
     )
+
+
+def larger_instance(gpu_gib: float, shape: Shape, step: "Step", lora_rank: int) -> str:
+    """The first of LARGER whose GPU has more than `gpu_gib` and fits the step, as a remedy."""
+    for name in LARGER:
+        gib = GPU_OF[name.split(".")[1]].gib
+        if gib > gpu_gib and memory_problem(gib, shape, step, lora_rank) is None:
+            return f"give {name}"
+    return "take a smaller --train.model"

@@ -16,8 +16,8 @@ from common.cli import UserError
 from jobs.contract import CHECKPOINTS, PROCESSING
 from jobs.instances import has_local_disk, num_gpus
 
-SPOT_SAVE_MINUTES = 10  # between checkpoints of a spot job, if nothing else is asked for
-WAIT_FACTOR = 2  # a spot job may wait for instances as long as it may run
+SPOT_SAVE_MINUTES = 10  # between checkpoints of a spot job, by default
+WAIT_FACTOR = 2  # by default a spot job may wait for instances as long as it may run
 NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"  # as train_lora.py writes it: 0.42, 1e-05
 METRICS = {  # name in SageMaker -> name in a log line
     "train:loss": "loss",
@@ -113,15 +113,15 @@ class Prepare(Job):
 
 def pairs(text: str, option: str) -> dict[str, str]:
     """`NAME=VALUE,NAME=VALUE` as a dictionary."""
-    found = {}
+    values: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals or not name:
             raise UserError(f"{option} {text}: {part!r} is not NAME=VALUE: write NAME=VALUE,...")
-        if name in found:
-            raise UserError(f"{option} {text}: {name} stands there twice: keep one")
-        found[name] = value
-    return found
+        if name in values:
+            raise UserError(f"{option} {text}: {name} is given twice: keep one")
+        values[name] = value
+    return values
 
 
 def words(text: str) -> list[str]:
@@ -129,9 +129,9 @@ def words(text: str) -> list[str]:
 
 
 def region_of(job: Job) -> str:
-    """The region asked for, or that of the image: SageMaker wants both the same."""
-    named = re.fullmatch(r"\d{12}\.dkr\.ecr\.([\w-]+)\.amazonaws\.com(\.cn)?/.*", job.image_uri)
-    return job.region or (named[1] if named else "")
+    """The region of --region, or of the image: SageMaker requires both to be the same."""
+    match = re.fullmatch(r"\d{12}\.dkr\.ecr\.([\w-]+)\.amazonaws\.com(\.cn)?/.*", job.image_uri)
+    return job.region or (match[1] if match else "")
 
 
 def role_arn(role: str) -> str:
@@ -140,24 +140,24 @@ def role_arn(role: str) -> str:
 
 
 def processes(job: TrainingJob) -> int | None:
-    """Processes of the whole job; `None` for an instance type whose GPUs are not known."""
+    """Number of processes of the whole job; `None`: unknown instance type."""
     gpus = num_gpus(job.instance_type)
     per_host = job.processes_per_host or (None if gpus is None else max(gpus, 1))
     return None if per_host is None else per_host * job.instance_count
 
 
 def max_wait(job: TrainingJob) -> int:
-    """Seconds that a spot job may take, with waiting for instances."""
+    """Seconds that a spot job may run and wait for instances, together."""
     return job.max_wait_seconds or WAIT_FACTOR * job.max_run_seconds
 
 
 def spelled(value: Any) -> str:
-    """An option's value as the command line takes it."""
+    """An option's value as on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def changed(options: Any) -> dict[str, str]:
-    """Options of a script that are not as its dataclass has them by default."""
+    """The options of a script that differ from their default."""
     default = type(options)()
     return {
         field.name: spelled(value)
@@ -167,7 +167,7 @@ def changed(options: Any) -> dict[str, str]:
 
 
 def sweep(text: str, prefix: str) -> list[dict[str, str]]:
-    """Every combination of `train.KEY=A,B;train.KEY=C,D`; one empty one for an empty text.
+    """All combinations of `train.KEY=A,B;train.KEY=C,D`; of an empty text a single empty one.
 
     >>> sweep("train.lora_rank=8,16;train.seed=1", "train")
     [{'lora_rank': '8', 'seed': '1'}, {'lora_rank': '16', 'seed': '1'}]
@@ -183,12 +183,12 @@ def sweep(text: str, prefix: str) -> list[dict[str, str]]:
         choices.append([(name[len(prefix) + 1 :], value) for value in values.split(",")])
     keys = [options[0][0] for options in choices]
     if len(keys) != len(set(keys)):
-        raise UserError(f"--sweep {text}: an option stands there twice: keep one")
+        raise UserError(f"--sweep {text}: an option is given twice: keep one")
     return [dict(combination) for combination in itertools.product(*choices)]
 
 
 def metric_definitions(job: TrainingJob) -> list[dict[str, str]]:
-    """What SageMaker is to read out of the log: lines of train_lora.py, or of eval_wer.py."""
+    """Metrics that SageMaker extracts from the log of train_lora.py or eval_wer.py."""
     if isinstance(job, Eval):
         return [
             {"Name": f"{system}:{rate}", "Regex": rf"{system}: .*\b{rate}={NUMBER}"}
@@ -202,13 +202,13 @@ def metric_definitions(job: TrainingJob) -> list[dict[str, str]]:
 
 
 def parse_request(text: str) -> dict[str, Any]:
-    """What `--request` adds."""
+    """The members that `--request` adds."""
     try:
         added = json.loads(text or "{}")
     except ValueError as error:
         raise UserError(f"--request {text}: is not JSON ({error}): write '{{...}}'") from error
     if not isinstance(added, dict):
-        raise UserError(f"--request {text}: is no JSON object: write '{{\"MEMBER\": ...}}'")
+        raise UserError(f"--request {text}: is not a JSON object: write '{{\"MEMBER\": ...}}'")
     return added
 
 
@@ -237,25 +237,9 @@ def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
         options: of train_lora.py or eval_wer.py; those that differ from their default are sent.
         name: of the job.
     """
-    script = "train_lora.py" if isinstance(job, Train) else "eval_wer.py"
-    environment = _environment(job) | {"LAUNCH_SCRIPT": script}
-    if job.accelerate_config != "auto":
-        environment["LAUNCH_CONFIG"] = job.accelerate_config
-    if job.processes_per_host:
-        environment["LAUNCH_PROCESSES_PER_HOST"] = str(job.processes_per_host)
-    if job.stage_to_local:
-        environment["LAUNCH_STAGE"] = "true"
-    if job.spot:
-        environment["LAUNCH_SPOT"] = "true"
-    resources = {
-        "InstanceType": job.instance_type,
-        "InstanceCount": job.instance_count,
-        "VolumeSizeInGB": job.volume_gb,
-    }
+    resources = _instances(job)
     if job.keep_alive_seconds:
         resources["KeepAlivePeriodInSeconds"] = job.keep_alive_seconds
-    if job.kms_key and not has_local_disk(job.instance_type):
-        resources["VolumeKmsKeyId"] = job.kms_key
     stopping = {"MaxRuntimeInSeconds": job.max_run_seconds}
     if job.spot:
         stopping["MaxWaitTimeInSeconds"] = max_wait(job)
@@ -273,34 +257,60 @@ def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
             _channel(channel, uri, job.input_mode if channel in ("train", "test") else "File")
             for channel, uri in channels(job).items()
         ],
-        "OutputDataConfig": {"S3OutputPath": job.output_s3} | _key(job, "KmsKeyId"),
+        "OutputDataConfig": {"S3OutputPath": job.output_s3}
+        | ({"KmsKeyId": job.kms_key} if job.kms_key else {}),
         "ResourceConfig": resources,
         "StoppingCondition": stopping,
         "EnableManagedSpotTraining": job.spot,
         "EnableNetworkIsolation": job.network_isolation,
         "EnableInterContainerTrafficEncryption": job.encrypt_traffic,
-        "Environment": environment,
+        "Environment": _environment(job) | _launch_variables(job),
         "Tags": _tags(job),
         "ProfilerConfig": {"DisableProfiler": True},
-    }
+    } | _vpc(job)
     if isinstance(job, Train):
-        checkpoint_s3 = job.checkpoint_s3 or f"{job.output_s3.rstrip('/')}/{name}/checkpoints"
-        request["CheckpointConfig"] = {
-            "S3Uri": _folder(checkpoint_s3),
-            "LocalPath": str(CHECKPOINTS),
-        }
-        if job.tensorboard_s3:
-            request["TensorBoardOutputConfig"] = {
-                "LocalPath": str(CHECKPOINTS / "tensorboard"),
-                "S3OutputPath": job.tensorboard_s3,
-            }
-    if job.subnets:
-        request["VpcConfig"] = _vpc(job)
+        request |= _checkpoints(job, name)
     if job.max_retries:
         request["RetryStrategy"] = {"MaximumRetryAttempts": job.max_retries}
     if job.remote_debug:
         request["RemoteDebugConfig"] = {"EnableRemoteDebug": True}
     return request
+
+
+def _launch_variables(job: Train | Eval) -> dict[str, str]:
+    """What the job tells jobs/entry.py."""
+    variables = {
+        "LAUNCH_SCRIPT": "train_lora.py" if isinstance(job, Train) else "eval_wer.py",
+        "LAUNCH_CONFIG": "" if job.accelerate_config == "auto" else job.accelerate_config,
+        "LAUNCH_PROCESSES_PER_HOST": str(job.processes_per_host or ""),
+        "LAUNCH_STAGE": "true" if job.stage_to_local else "",
+        "LAUNCH_SPOT": "true" if job.spot else "",
+    }
+    return {name: value for name, value in variables.items() if value}
+
+
+def _checkpoints(job: Train, name: str) -> dict[str, Any]:
+    """Where a training job's checkpoints and TensorBoard records are copied to."""
+    checkpoint_s3 = job.checkpoint_s3 or f"{job.output_s3.rstrip('/')}/{name}/checkpoints"
+    members = {"CheckpointConfig": {"S3Uri": _folder(checkpoint_s3), "LocalPath": str(CHECKPOINTS)}}
+    if job.tensorboard_s3:
+        members["TensorBoardOutputConfig"] = {
+            "LocalPath": str(CHECKPOINTS / "tensorboard"),
+            "S3OutputPath": job.tensorboard_s3,
+        }
+    return members
+
+
+def _instances(job: Job) -> dict[str, Any]:
+    """Instances and their disks."""
+    members = {
+        "InstanceType": job.instance_type,
+        "InstanceCount": job.instance_count,
+        "VolumeSizeInGB": job.volume_gb,
+    }
+    if job.kms_key and not has_local_disk(job.instance_type):
+        members["VolumeKmsKeyId"] = job.kms_key
+    return members
 
 
 def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str, Any]:
@@ -310,19 +320,10 @@ def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str,
         "source": f"{source}/{job.source_file}" if job.source_file else source,
         "s3_uri": prepared_s3(job, name),
     } | changed(options)
-    cluster = {
-        "InstanceType": job.instance_type,
-        "InstanceCount": job.instance_count,
-        "VolumeSizeInGB": job.volume_gb,
-    }
-    if job.kms_key and not has_local_disk(job.instance_type):
-        cluster["VolumeKmsKeyId"] = job.kms_key
     network = {
         "EnableInterContainerTrafficEncryption": job.encrypt_traffic,
         "EnableNetworkIsolation": job.network_isolation,
-    }
-    if job.subnets:
-        network["VpcConfig"] = _vpc(job)
+    } | _vpc(job)
     return {
         "ProcessingJobName": name,
         "RoleArn": job.role,
@@ -345,7 +346,7 @@ def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str,
                 },
             }
         ],
-        "ProcessingResources": {"ClusterConfig": cluster},
+        "ProcessingResources": {"ClusterConfig": _instances(job)},
         "StoppingCondition": {"MaxRuntimeInSeconds": job.max_run_seconds},
         "NetworkConfig": network,
         "Environment": _environment(job),
@@ -354,18 +355,18 @@ def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str,
 
 
 def _hyperparameters(job: Train | Eval, options: Any) -> dict[str, str]:
-    """Changed options; a spot job also saves by the clock, which is what it loses at most."""
+    """Changed options; a spot job also saves every few minutes, to lose no more than that."""
     saves = isinstance(job, Train) and job.spot
     return ({"save_every_minutes": str(SPOT_SAVE_MINUTES)} if saves else {}) | changed(options)
 
 
 def prepared_s3(job: Prepare, name: str) -> str:
-    """Where a processing job puts the prepared data."""
+    """Where a processing job writes the dataset."""
     return f"{job.output_s3.rstrip('/')}/{name}"
 
 
 def channels(job: Train | Eval) -> dict[str, str]:
-    """Input channels by name, and the place in S3 that each is filled from."""
+    """Input channels: name -> place in S3."""
     if isinstance(job, Train):
         given = {"train": job.train_s3}
     else:
@@ -377,12 +378,12 @@ def channels(job: Train | Eval) -> dict[str, str]:
 
 
 def _folder(s3_uri: str) -> str:
-    """A prefix that ends in a slash, or `s3://b/prepared` would bring `s3://b/prepared-old` too."""
+    """A prefix with a final slash; without, `s3://b/prepared` also matches `s3://b/prepared-old`."""
     return s3_uri if s3_uri.endswith(".tar.gz") else f"{s3_uri.rstrip('/')}/"
 
 
 def _channel(name: str, s3_uri: str, input_mode: str) -> dict[str, Any]:
-    """A channel that every node gets whole: train_lora.py shares the clips out itself."""
+    """A channel that is copied whole to every node: train_lora.py distributes the clips."""
     source = {
         "S3DataType": "S3Prefix",
         "S3Uri": _folder(s3_uri),
@@ -404,15 +405,14 @@ def _tags(job: Job) -> list[dict[str, str]]:
     return [{"Key": key, "Value": value} for key, value in pairs(job.tags, "--tags").items()]
 
 
-def _vpc(job: Job) -> dict[str, list[str]]:
-    return {"Subnets": words(job.subnets), "SecurityGroupIds": words(job.security_groups)}
-
-
-def _key(job: Job, member: str) -> dict[str, str]:
-    return {member: job.kms_key} if job.kms_key else {}
+def _vpc(job: Job) -> dict[str, Any]:
+    if not job.subnets:
+        return {}
+    groups = words(job.security_groups)
+    return {"VpcConfig": {"Subnets": words(job.subnets), "SecurityGroupIds": groups}}
 
 
 def ceiling_hours(job: Job) -> float:
-    """Instance hours that a job can be billed for at most, those of kept instances included."""
+    """Maximum billable instance hours of a job, including those of kept instances."""
     warm = job.keep_alive_seconds if isinstance(job, TrainingJob) else 0
     return math.fsum((job.max_run_seconds, warm)) / 3600 * job.instance_count

@@ -146,7 +146,7 @@ def test_instances_with_their_own_disk_get_no_volume_key():
 
 @pytest.mark.parametrize("option", ["environment", "tags"])
 def test_a_name_that_is_given_twice_is_refused(option):
-    with pytest.raises(cli.UserError, match=f"--{option} A=1,A=2: A stands there twice: keep one"):
+    with pytest.raises(cli.UserError, match=f"--{option} A=1,A=2: A is given twice: keep one"):
         train_request(**{option: "A=1,A=2"})
 
 

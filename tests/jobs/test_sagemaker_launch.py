@@ -466,7 +466,7 @@ def test_an_input_that_is_not_in_s3_takes_the_place_of_the_channel(aws, capsys):
     ("text", "message"),
     [
         ("{", "--request {: is not JSON"),
-        ("[1]", r"--request \[1\]: is no JSON object: write"),
+        ("[1]", r"--request \[1\]: is not a JSON object: write"),
         ('{"ExperimentConfg": {}}', "--request ExperimentConfg: AWS knows no such member: did you"),
         (
             '{"OutputDataConfig": {"CompressionType": "NOE"}}',
