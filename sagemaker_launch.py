@@ -58,29 +58,29 @@ SCRIPTS = {"train": "train_lora", "eval": "eval_wer", "prepare": "preprocess"}
 class Watch:
     """Which job."""
 
-    job: str = ""  # its name, or that of a sweep
-    region: str = ""  # empty: the one of AWS's own settings
+    job: str = ""  # name of the job or sweep
+    region: str = ""  # AWS region; empty: the one of AWS's own settings
 
 
 @dataclass
 class Logs(Watch):
     """Print the log of a job's nodes."""
 
-    follow: bool = False  # go on until the job ends
+    follow: bool = False  # continue until the job ends
 
 
 @dataclass
 class Fetch(Watch):
     """Copy a job's results into a folder."""
 
-    output_dir: str = "fetched"  # OUTPUT_DIR/JOB is written
+    output_dir: str = "fetched"  # results are written to OUTPUT_DIR/JOB
 
 
 @dataclass
 class Prices:
     """Renew the price table of a region from AWS's price list."""
 
-    region: str = "us-east-1"  # whose prices are wanted
+    region: str = "us-east-1"  # AWS region whose prices are renewed
 
 
 # ------ train, eval, prepare

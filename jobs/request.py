@@ -40,43 +40,43 @@ RATES = ("wer_raw", "cer_raw", "wer_keep_marks", "cer_keep_marks")
 
 @dataclass
 class Job:
-    """What every job has."""
+    """Options of all jobs."""
 
-    role: str = ""  # execution role: its ARN, or its name, which IAM is then asked for
-    image_uri: str = ""  # the image that docker/build_and_push.sh pushed
-    output_s3: str = ""  # s3://BUCKET/PREFIX; results go to PREFIX/JOB
-    region: str = ""  # empty: the one of --image_uri
-    name: str = "whisper"  # the job's name begins with it; date and time follow
-    instance_type: str = "ml.g5.2xlarge"  # of every node
-    instance_count: int = 1  # nodes
-    volume_gb: int = 200  # disk of a node; an instance type with its own disk ignores it
-    max_run_seconds: int = 86400  # the job is stopped after so many
-    environment: str = ""  # variables for the container: NAME=VALUE,NAME=VALUE; no secrets
-    hf_token_from: str = ""  # secretsmanager:NAME or ssm:NAME, read inside the container
-    tags: str = ""  # NAME=VALUE,NAME=VALUE
-    subnets: str = ""  # of a VPC: subnet-1,subnet-2
-    security_groups: str = ""  # of that VPC: sg-1,sg-2
-    kms_key: str = ""  # key for results, and for the disk where SageMaker allows it
-    encrypt_traffic: bool = False  # between the nodes; slower
-    network_isolation: bool = False  # no network in the container; needs --model_s3
-    request: str = ""  # JSON that is merged into the request, for what has no option here
-    wait: bool = False  # follow the job to its end; exit code 1 unless it has finished
-    dry_run: bool = False  # print the request and what it may cost; nothing is sent
+    role: str = ""  # execution role of the job: its ARN, or its name, which is looked up in IAM
+    image_uri: str = ""  # container image, as printed by docker/build_and_push.sh
+    output_s3: str = ""  # s3://BUCKET/PREFIX: results are written to PREFIX/JOB
+    region: str = ""  # AWS region; empty: the one of --image_uri
+    name: str = "whisper"  # first part of the job's name; date and time are appended
+    instance_type: str = "ml.g5.2xlarge"  # instance type
+    instance_count: int = 1  # number of instances; prepare takes one
+    volume_gb: int = 200  # disk size in GB; ignored by instance types with their own disk
+    max_run_seconds: int = 86400  # maximum run time in seconds
+    environment: str = ""  # variables of the container: NAME=VALUE,NAME=VALUE; no secrets
+    hf_token_from: str = ""  # source of the Hub's token: secretsmanager:NAME or ssm:NAME
+    tags: str = ""  # tags of the job: NAME=VALUE,NAME=VALUE
+    subnets: str = ""  # subnets of a VPC: subnet-1,subnet-2; needs --security_groups
+    security_groups: str = ""  # security groups of a VPC: sg-1,sg-2; needs --subnets
+    kms_key: str = ""  # KMS key that encrypts results, and disks if SageMaker allows it
+    encrypt_traffic: bool = False  # encrypt the traffic between instances; slower
+    network_isolation: bool = False  # no network access in the container; needs --model_s3
+    request: str = ""  # JSON merged into the request, for members that have no option
+    wait: bool = False  # wait until the job ends; exit code 1 unless it is finished
+    dry_run: bool = False  # print the request and the maximum cost, start nothing
 
 
 @dataclass
 class TrainingJob(Job):
-    """What jobs on GPUs have: training and evaluation."""
+    """Options of jobs on GPUs: training and evaluation."""
 
-    model_s3: str = ""  # folder of the base, or a job's model.tar.gz; empty: the Hub
+    model_s3: str = ""  # folder of the base model, or a job's model.tar.gz; empty: the Hub
     input_mode: Literal["File", "FastFile"] = "File"  # FastFile streams the data from S3
-    stage_to_local: bool = False  # copy the data to the node's disk first; for FastFile
-    accelerate_config: str = "auto"  # a file of accelerate_configs, without .yaml
-    processes_per_host: int = 0  # 0: one a GPU
-    spot: bool = False  # cheaper instances that may be taken away; saves every 10 minutes
-    max_wait_seconds: int = 0  # with --spot, run and waiting together; 0: twice --max_run_seconds
-    keep_alive_seconds: int = 0  # instances kept for a next job, and billed, however it ends
-    max_retries: int = 0  # SageMaker starts again after a failure of its own
+    stage_to_local: bool = False  # with FastFile, copy the data to the instance's disk first
+    accelerate_config: str = "auto"  # name of a file in accelerate_configs, without .yaml
+    processes_per_host: int = 0  # processes per instance; 0: one per GPU
+    spot: bool = False  # spot instances: cheaper, may be interrupted; saves every 10 minutes
+    max_wait_seconds: int = 0  # with --spot, maximum run plus waiting time; 0: twice --max_run_seconds
+    keep_alive_seconds: int = 0  # seconds to keep the instances after the job ends or fails; billed
+    max_retries: int = 0  # maximum number of restarts after an internal error of SageMaker
     remote_debug: bool = False  # allow a shell in the container through AWS Systems Manager
 
 
@@ -84,28 +84,28 @@ class TrainingJob(Job):
 class Train(TrainingJob):
     """Train on SageMaker; --train.KEY VALUE for every option of train_lora.py."""
 
-    train_s3: str = ""  # what preprocess.py wrote
-    checkpoint_s3: str = ""  # another job's, to go on from; empty: OUTPUT_S3/JOB/checkpoints
-    tensorboard_s3: str = ""  # for SageMaker's TensorBoard; the records lie in the checkpoints too
-    sweep: str = ""  # a job each: "train.learning_rate=1e-3,5e-4;train.lora_rank=16,32"
+    train_s3: str = ""  # prepared dataset, as written by preprocess.py
+    checkpoint_s3: str = ""  # checkpoints to resume from; empty: OUTPUT_S3/JOB/checkpoints
+    tensorboard_s3: str = ""  # copy of the TensorBoard records for SageMaker's TensorBoard
+    sweep: str = ""  # a job for each: "train.learning_rate=1e-3,5e-4;train.lora_rank=16,32"
 
 
 @dataclass
 class Eval(TrainingJob):
     """Score on SageMaker; --eval.KEY VALUE for every option of eval_wer.py."""
 
-    test_s3: str = ""  # what preprocess.py wrote
-    adapter_job: str = ""  # training job whose adapter is scored; its --output_s3 is this one
-    adapter_s3: str = ""  # or the adapter's folder, or a model.tar.gz
+    test_s3: str = ""  # prepared dataset, as written by preprocess.py
+    adapter_job: str = ""  # training job in the same --output_s3 whose adapter is scored
+    adapter_s3: str = ""  # folder of the adapter, or a model.tar.gz; instead of --adapter_job
 
 
 @dataclass
 class Prepare(Job):
     """Prepare on SageMaker; --prepare.KEY VALUE for every option of preprocess.py."""
 
-    instance_type: str = "ml.m5.4xlarge"  # of every node; needs no GPU
-    source_s3: str = ""  # folder with clips and their table
-    source_file: str = ""  # manifest in it; empty: the folder itself is the source
+    instance_type: str = "ml.m5.4xlarge"  # instance type; needs no GPU
+    source_s3: str = ""  # folder with the clips and their table
+    source_file: str = ""  # manifest in --source_s3; empty: the folder itself is the source
 
 
 # ------ what options mean
