@@ -125,7 +125,6 @@ def new_events(
     Args:
         tokens: by log stream, where the next call continues; updated in place.
     """
-    streams: list[str] = []
     try:
         pages = logs.get_paginator("describe_log_streams").paginate(
             logGroupName=group, logStreamNamePrefix=f"{name}/"

@@ -1,4 +1,4 @@
-"""What an instance type of SageMaker holds and costs; `None` where it is not known."""
+"""GPUs, disk and price of SageMaker's instance types; `None`: unknown."""
 
 import datetime
 import json
@@ -52,9 +52,7 @@ GPUS = {
 }
 WITHOUT_GPU = re.compile(r"[cmrt]\d")  # families
 LOCAL_DISK = re.compile(r"(g4dn|g5|g6e?|p3dn|p4de?|p5(en?)?|[cmr]\d+\w*d\w*)$")  # of families
-HOUR_OF_TRAINING = re.compile(
-    r"(?:^|-)Train:(ml\.\S+)$"
-)  # how the price list names an hour of training
+HOUR_OF_TRAINING = re.compile(r"(?:^|-)Train:(ml\.\S+)$")  # its usage type in the price list
 
 
 def _family_and_size(instance_type: str) -> tuple[str, str]:
@@ -71,19 +69,19 @@ def num_gpus(instance_type: str) -> int | None:
 
 
 def has_local_disk(instance_type: str) -> bool:
-    """Whether it brings its own disk, encrypted by itself: SageMaker then refuses a volume key."""
+    """Whether it has its own, encrypted disk: SageMaker then refuses a key for the volume."""
     return bool(LOCAL_DISK.match(_family_and_size(instance_type)[0]))
 
 
 def price(instance_type: str, region: str, table: Path = TABLE) -> tuple[float, str] | None:
-    """USD an hour of one instance on demand, and the date of that price."""
+    """On-demand price of one instance in USD an hour, and the date of that price."""
     prices = json.loads(table.read_text(encoding="utf-8"))["regions"].get(region, {})
-    found = prices.get("usd_an_hour", {}).get(instance_type)
-    return None if found is None else (found, prices["date"])
+    usd = prices.get("usd_an_hour", {}).get(instance_type)
+    return None if usd is None else (usd, prices["date"])
 
 
 def refresh(client: Any, region: str, table: Path = TABLE) -> int:
-    """Write a region's prices of today into the table; the number of instance types found.
+    """Write a region's prices of today into the table; returns the number of instance types.
 
     Args:
         client: of the AWS price list API, which answers in us-east-1 only.
@@ -96,12 +94,12 @@ def refresh(client: Any, region: str, table: Path = TABLE) -> int:
     for page in pages:
         for text in page["PriceList"]:
             product = json.loads(text)
-            named = HOUR_OF_TRAINING.search(product["product"]["attributes"].get("usagetype", ""))
-            if not named:
+            match = HOUR_OF_TRAINING.search(product["product"]["attributes"].get("usagetype", ""))
+            if not match:
                 continue
             for term in product["terms"].get("OnDemand", {}).values():
                 for dimension in term["priceDimensions"].values():
-                    prices[named[1]] = float(dimension["pricePerUnit"]["USD"])
+                    prices[match[1]] = float(dimension["pricePerUnit"]["USD"])
     if prices:
         content = json.loads(table.read_text(encoding="utf-8"))
         today = datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -24,7 +24,7 @@ class Report:
     instances: str  # 2 x ml.g5.12xlarge
     options: dict[str, str]  # of the script, as sent
     records: list[dict[str, Any]]  # metrics.jsonl
-    metrics: dict[str, float]  # newest values that SageMaker found in the log
+    metrics: dict[str, float]  # newest values that SageMaker read in the log
     seconds: float | None  # running time
     billable_seconds: float | None  # of each instance; of a running job, its running time
     cost: float | None  # USD, all instances; None: unknown price

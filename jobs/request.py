@@ -74,7 +74,7 @@ class TrainingJob(Job):
     accelerate_config: str = "auto"  # name of a file in accelerate_configs, without .yaml
     processes_per_host: int = 0  # processes per instance; 0: one per GPU
     spot: bool = False  # spot instances: cheaper, may be interrupted; saves every 10 minutes
-    max_wait_seconds: int = 0  # with --spot, maximum run plus waiting time; 0: twice --max_run_seconds
+    max_wait_seconds: int = 0  # --spot: maximum run plus waiting time; 0: twice --max_run_seconds
     keep_alive_seconds: int = 0  # seconds to keep the instances after the job ends or fails; billed
     max_retries: int = 0  # maximum number of restarts after an internal error of SageMaker
     remote_debug: bool = False  # allow a shell in the container through AWS Systems Manager
