@@ -64,14 +64,14 @@ def find_role(role: str, region: str) -> str:
 
 def inputs(job: Job) -> Iterator[tuple[str, str, str]]:
     """Option, place in S3, and a file that the place must hold, for each input of a job."""
-    from common.prepared import RECIPE_NAME  # imports pandas, which `status` does not need
+    from common.prepared import RECORD_NAME  # imports pandas, which `status` does not need
 
     if isinstance(job, Prepare):
         yield "--source_s3", job.source_s3, job.source_file
         return
     for name, uri in channels(job).items():
         option = "--adapter_job" if name == "adapter" and job.adapter_job else f"--{name}_s3"
-        yield option, uri, RECIPE_NAME if name in ("train", "test") else ""
+        yield option, uri, RECORD_NAME if name in ("train", "test") else ""
 
 
 def refuse_other_region(s3: Any, option: str, s3_uri: str, region: str) -> None:
