@@ -1,4 +1,4 @@
-# The README's commands. Each makes .venv where it is missing.
+# The commands of the README. Each creates .venv if it is missing.
 PYTHON ?= python3
 RUN := .venv/bin
 DEMO := demo_run

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Reference run: whisper-large-v2 on Common Voice Marathi, with the hyperparameters of the recipe
-# that everybody copies (PEFT's notebook: int8 base, r=32 on q_proj,v_proj, lr 1e-3, batch 8,
+# Reference run: whisper-large-v2 on Common Voice Marathi, with the hyperparameters of
+# the PEFT notebook's recipe (int8 base, r=32 on q_proj,v_proj, lr 1e-3, batch 8,
 # 3 epochs, 50 warm-up steps of about 2,400).
 #
 #   runs/marathi_large_v2.sh cv-corpus-XX/mr
 #
-# Needs one GPU with 16 GB. The recipe reports WER 36.1 raw and 14.0 under OpenAI's normaliser on
+# Needs one GPU with 16 GB. The notebook reports WER 36.1 raw and 14.0 under OpenAI's normaliser on
 # Common Voice 11, after training on train and validation together. This script keeps validation
 # apart, and was never run: time and WER of ours are not known yet.
 set -euo pipefail

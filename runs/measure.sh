@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's results table: base and adapter on held-out speakers, at both windows.
+# The first table of docs/results.md: base and adapter on held-out speakers, at both windows.
 #
 #   runs/measure.sh COMMON_VOICE_FOLDER LANGUAGE MODEL OUTPUT_DIR
 #

@@ -1,4 +1,4 @@
-"""accelerate_configs: accelerate accepts each, each says how it is launched, the README has all."""
+"""accelerate_configs: accelerate accepts each, each says how it is launched, all are documented."""
 
 import shlex
 
@@ -15,11 +15,11 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def test_every_way_to_run_is_there_and_in_the_readme():
+def test_every_way_to_run_is_there_and_documented():
     assert {file.stem for file in FILES} == EXPECTED
-    readme = (launch.ROOT / "README.md").read_text(encoding="utf-8")
+    page = (launch.ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
     for name in EXPECTED:
-        assert f"`{name}`" in readme, name
+        assert f"`{name}`" in page, name
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
