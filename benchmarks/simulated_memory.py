@@ -19,8 +19,8 @@ from transformers import WhisperConfig
 
 from benchmarks.process import new_output
 from common import cli
-from common.decoding import PROMPT_LENGTH
 from common.files import write_json
+from common.labels import PROMPT_LENGTH
 from common.memory import Step, Weights, predict_decoding_gib, predict_gib
 from common.windows import POSITIONS_PER_SECOND
 

@@ -26,10 +26,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoderLayer
 
 from common.audio import SAMPLES_PER_POSITION
-from common.labels import MAX_LABELS
+from common.labels import MAX_LABELS, PROMPT_LENGTH, prompt_layout
 from common.whisper import encode
 
-PROMPT_LENGTH = 4  # start of transcript, language, task, no timestamps; English-only takes 2
 SHRINK_AT = 0.8  # share of clips unfinished at which the finished ones leave the batch
 # A text loops where a run of tokens repeats this often and is at least this long in all. Of 639
 # Hindi transcripts none does (at most 3.2 repeats), while 9 of them exceed the compression ratio of
@@ -176,7 +175,7 @@ def _generate(
     """The library's own decoding of clips of one window, (B, C, D)."""
     end = model.generation_config.eos_token_id
     prompt = {} if languages is None else {"language": list(languages), "task": task}
-    prompt_length = 2 if languages is None else PROMPT_LENGTH
+    prompt_length = len(prompt_layout(0, 0)) if languages is None else PROMPT_LENGTH
     with _one_text(model):
         tokens = model.generate(
             encoder_outputs=BaseModelOutput(encoded),
@@ -232,11 +231,11 @@ def _prompts(
     """The tokens (B, P) that decoding starts from, as `generate` makes them."""
     config = model.generation_config
     start, no_timestamps = config.decoder_start_token_id, config.no_timestamps_token_id
-    if languages is None:
-        rows = [[start, no_timestamps]] * clips
-    else:
-        asked = (config.lang_to_id[f"<|{code}|>"] for code in languages)
-        rows = [[start, language, config.task_to_id[task], no_timestamps] for language in asked]
+    asked: list[tuple[int, ...]] = [()] * clips
+    if languages is not None:
+        task_id = config.task_to_id[task]
+        asked = [(config.lang_to_id[f"<|{code}|>"], task_id) for code in languages]
+    rows = [prompt_layout(start, no_timestamps, tokens) for tokens in asked]
     return torch.tensor(rows, device=model.device)
 
 

@@ -9,7 +9,9 @@ vocabularies (51,864, 51,865 and 51,866 tokens) place them differently.
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
@@ -17,7 +19,10 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from common.cli import UserError, first_line
 from common.languages import ALIASES, language_code
 
+T = TypeVar("T", str, int)  # a token's name or its id
+
 MAX_LABELS = 448  # positions of the decoder
+PROMPT_LENGTH = 4  # tokens of the prompt of a multilingual model
 ENGLISH_ONLY_END = 50_256  # <|endoftext|> of the 51,864-token vocabulary, which is GPT-2's
 START, END, NO_TIMESTAMPS = "<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"
 TASKS = ("transcribe", "translate")
@@ -124,7 +129,7 @@ def is_english_only(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, language: str, task: str) -> list[int]:
-    """The ids before the text, in labels and in decoding.
+    """The ids before the text of labels; those that decoding starts with are laid out alike.
 
     Args:
         tokenizer: of a Whisper model.
@@ -135,10 +140,19 @@ def prompt(tokenizer: PreTrainedTokenizerBase, language: str, task: str) -> list
         Start of transcript, language, task and no-timestamps; English-only: start of transcript
         and no-timestamps.
     """
-    tokens = [START, _language_token(tokenizer, language), f"<|{task}|>", NO_TIMESTAMPS]
-    if is_english_only(tokenizer):
-        tokens = [START, NO_TIMESTAMPS]
-    return tokenizer.convert_tokens_to_ids(tokens)
+    asked = (
+        () if is_english_only(tokenizer) else (_language_token(tokenizer, language), f"<|{task}|>")
+    )
+    return tokenizer.convert_tokens_to_ids(prompt_layout(START, NO_TIMESTAMPS, asked))
+
+
+def prompt_layout(start: T, no_timestamps: T, language_and_task: Sequence[T] = ()) -> list[T]:
+    """The order of a prompt's tokens, of their names or their ids.
+
+    Args:
+        language_and_task: empty for an English-only model, which has neither.
+    """
+    return [start, *language_and_task, no_timestamps]
 
 
 def num_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -73,7 +73,7 @@ def token_cap(seconds: float, tokens_per_second: float) -> int:
     """
     return min(
         math.ceil(seconds * tokens_per_second * CAP_MARGIN) + CAP_EXTRA,
-        labels.MAX_LABELS - decoding.PROMPT_LENGTH,
+        labels.MAX_LABELS - labels.PROMPT_LENGTH,
     )
 
 

@@ -112,7 +112,7 @@ def test_keys_and_values_are_held_in_the_precision_that_autocast_computes_in(bas
     for precision in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             cache = decoding._new_cache(layer, [states], 8)
-        assert {cache.keys.dtype, cache.values.dtype, cache.heard[0][0].dtype} == {precision}
+        assert {cache.keys.dtype, cache.values.dtype, cache.cross[0][0].dtype} == {precision}
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
