@@ -40,7 +40,7 @@ from training import output as outputs
 from training.data import Data, load_data
 from training.encoder_cache import EncoderCache, load_or_fill
 from training.fit import fit_memory
-from training.journal import log_rates, open_journal
+from training.journal import Journal, log_rates, open_journal
 from training.meter import Meter, check_norms, explain_not_finite
 from training.occasions import Every, occasions
 from training.output import Output
@@ -253,13 +253,13 @@ def main(config: Config) -> None:
 
 def train(config: Config, stop: Stop) -> Accelerator:
     """All of a run but its end, which is for `close` once nothing here is held."""
-    # ------ machine and data
-    whisper.quiet_libraries()
     started = time.perf_counter()
-    folder = Path(config.output_dir)
+    whisper.quiet_libraries()
     config = replace(config, precision=precision.choose(config.precision))
     accelerator = open_accelerator(
-        precision=config.precision, output=folder, timeout_minutes=config.collective_timeout
+        precision=config.precision,
+        output=Path(config.output_dir),
+        timeout_minutes=config.collective_timeout,
     )
     engine.check(accelerator, quantize=config.quantize, precision=config.precision)
     stop.join(accelerator, config.collective_timeout)
@@ -268,11 +268,112 @@ def train(config: Config, stop: Stop) -> Accelerator:
     config = replace(config, global_batch_size=batch_size)
     identity = identify(config, accelerator, data.report)
     resumed_from, saved = checkpoint.agree(
-        folder / "checkpoints", identity, accelerator,
+        Path(config.output_dir) / "checkpoints", identity, accelerator,
         resume=config.resume, changed=config.resume_changed,
     )  # fmt: skip
+    run = build(config, accelerator, data, identity, saved["best"])
+    state, output, plan = run.state, run.output, run.plan
+    journal, meter = start(run, resumed_from, saved)
+    done, reason = saved["step"], ""
+    cache, cache_seconds = cache_outputs(run) if config.cache_encoder else (None, None)
+    if cache is not None:
+        plan = replace(plan, windows=cache.windows)
 
-    # ------ model
+    # ------ the loop
+    first_step_seconds = None  # since the process was started
+    options = StepOptions(config.seed, config.max_grad_norm, run.config.max_batch_seconds)
+    steps = load_steps(
+        plan, data.train, collator_for(base_of(state.model)), first=done, total=run.total_steps,
+        num_workers=config.num_workers, cache=cache,
+    )  # fmt: skip
+    mark = time.perf_counter()
+    for step, pieces in steps:
+        began = time.monotonic()
+        rate = learning_rate(step.number, config, run.total_steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        train_step(state, step, pieces, meter, stop, options)
+        audio_seconds = float(plan.seconds[list(step.batch.clips)].sum())
+        meter.add(step, audio_seconds=audio_seconds, seconds=time.perf_counter() - mark)
+        journal.bar.update()
+        first_step_seconds = first_step_seconds or time.time() - psutil.Process().create_time()
+
+        # ------ once in a while
+        done = step.number + 1
+        reason, save_now = agree(stop, time.monotonic() - began)
+        due = occasions(done, run.total_steps, run.every, stopping=bool(reason), save_now=save_now)
+        if due.check and (failure := check_norms(meter, scaled=accelerator.scaler is not None)):
+            report, is_leader = output.folder / "bad_batch.json", accelerator.is_main_process
+            raise explain_not_finite(*failure, data.train, report, write=is_leader)
+        if due.log:
+            log_rates(journal, meter, step=done, epoch=done / plan.steps_per_epoch, rate=rate)
+        if due.save:  # before the evaluation, which may fail
+            outputs.save_checkpoint(output, state, meter, stop, done, evaluated=not due.evaluate)
+        if due.last:
+            outputs.save_model(output, state, done)
+        if due.stop:
+            break
+        if due.evaluate:
+            evaluate(due, done, run.validation, state, output, journal)
+        mark = time.perf_counter()
+
+    # ------ results
+    journal.bar.close()
+    steps.close()  # ends the processes that read ahead
+    if done < run.total_steps:
+        say(
+            accelerator,
+            f"stopped by {reason} after step {done}, saved: run the same command to resume",
+        )
+        return accelerator
+    figures = {
+        "steps": run.total_steps,
+        "wall_seconds": time.perf_counter() - started,
+        "first_step_seconds": first_step_seconds,
+        "encoder_cache_seconds": cache_seconds,
+        "peak_memory_gib": memory.peak_memory_gib(),
+        "processes": accelerator.num_processes,
+        "engine": engine.name(accelerator),
+        "skipped_steps": meter.skipped,
+        "best": output.best,
+        "last": journal.last,
+    }
+    if accelerator.is_main_process:
+        write_json(output.folder / "train.json", figures | output.provenance)
+    say(accelerator, f"{output.kind} in {output.folder}, figures in train.json")
+    return accelerator
+
+
+# ------ build and resume
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of."""
+
+    config: Config  # as used: nothing in it says "auto" any more
+    state: TrainState
+    data: Data
+    validation: Validation | None
+    plan: TrainPlan
+    total_steps: int
+    every: Every
+    output: Output
+    reload: Callable[[], torch.nn.Module]  # loads the model anew, for engines that shard it
+
+
+def build(
+    config: Config,
+    accelerator: Accelerator,
+    data: Data,
+    identity: dict[str, Any],
+    best: dict[str, float] | None,
+) -> Run:
+    """Load the model, fit its steps in memory, and say what is about to be trained.
+
+    Args:
+        identity, best: of the run that is resumed, if one is.
+    """
     reload = partial(load_model, config, accelerator.device, data.tokenizer)
     model = reload()
     fitted = fit_memory(
@@ -288,23 +389,15 @@ def train(config: Config, stop: Stop) -> Accelerator:
         accelerator, model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm, gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
-    provenance = describe_run(config) | {  # as used: nothing in it says "auto" any more
-        "base_probe": whisper.base_probe(base_of(model)),
-        "window": window_policy(config.context),
-    }
-    output = Output(
-        folder, "adapter" if config.tune == "lora" else "model", config.model, provenance,
-        identity, config.keep_checkpoints, saved["best"],
-    )  # fmt: skip
-    validate = None
+    validation = None
     if data.validation is not None:
-        validate = Validation(
-            data.validation, collator_for(base_of(model)), data.tokenizer,
-            DecodeOptions(
-                data.report["config"]["task"], data.report["tokens_per_second"]["p999"],
-                num_workers=config.num_workers,
-            ),
-            config.context, config.max_batch_seconds, DTYPES[config.precision].itemsize, reload,
+        options = DecodeOptions(
+            data.report["config"]["task"], data.report["tokens_per_second"]["p999"],
+            num_workers=config.num_workers,
+        )  # fmt: skip
+        validation = Validation(
+            data.validation, collator_for(base_of(model)), data.tokenizer, options, config.context,
+            config.max_batch_seconds, DTYPES[config.precision].itemsize, reload,
         )  # fmt: skip
     plan = TrainPlan(
         seconds=column(data.train, "seconds"),
@@ -317,134 +410,76 @@ def train(config: Config, stop: Stop) -> Accelerator:
         num_processes=accelerator.num_processes,
     )
     total_steps = config.max_steps or config.num_epochs * plan.steps_per_epoch
-
-    # ------ start, or resume
-    done = saved["step"]
-    if accelerator.is_main_process and not resumed_from:
-        shutil.rmtree(output.checkpoints, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    journal = open_journal(
-        accelerator, folder, done=done, total=total_steps, evaluated=saved["evaluated"]
-    )
-    describe_start(config, state, plan, total_steps, fitted)
-    meter = Meter(torch.zeros((), device=accelerator.device))
     every = Every(
         config.log_every, config.eval_every, config.wer_every, config.save_every,
-        has_validation=validate is not None,
+        has_validation=validation is not None,
     )  # fmt: skip
-    if resumed_from:
-        outputs.restore(Path(resumed_from), saved, state, meter)
-        say(accelerator, f"resumed at step {done} from {resumed_from}")
-        if done >= total_steps:
-            outputs.save_model(output, state, total_steps)
-        due = occasions(done, total_steps, every)
-        if due.evaluate and not saved["evaluated"]:  # stopped before
-            evaluate(due, done, validate, state, output, journal)
-    elif validate is None:
-        say(accelerator, "no validation split: no validation loss, no adapter_best")
-    else:
-        rehearse(validate, state)
-    cache, cache_seconds = None, None
-    if config.cache_encoder:
-        mark = time.perf_counter()
-        cache = cache_outputs(config, state, data, output, reload)
-        cache_seconds = time.perf_counter() - mark
-        plan = replace(plan, windows=cache.windows)
-
-    # ------ training
-    first_step_seconds = None  # since the process was started
-    options = StepOptions(config.seed, config.max_grad_norm, config.max_batch_seconds)
-    steps = load_steps(
-        plan, data.train, collator_for(base_of(model)), first=done, total=total_steps,
-        num_workers=config.num_workers, cache=cache,
+    provenance = describe_run(config) | {
+        "base_probe": whisper.base_probe(base_of(model)),
+        "window": window_policy(config.context),
+    }
+    output = Output(
+        Path(config.output_dir), "adapter" if config.tune == "lora" else "model", config.model,
+        provenance, identity, config.keep_checkpoints, best,
     )  # fmt: skip
-    reason = ""
-    mark = time.perf_counter()
-    for step, pieces in steps:
-        began = time.monotonic()
-        rate = learning_rate(step.number, config, total_steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        train_step(state, step, pieces, meter, stop, options)
-        audio_seconds = float(plan.seconds[list(step.batch.clips)].sum())
-        meter.add(step, audio_seconds=audio_seconds, seconds=time.perf_counter() - mark)
-        journal.bar.update()
-        first_step_seconds = first_step_seconds or time.time() - psutil.Process().create_time()
-
-        # ------ once in a while
-        done = step.number + 1
-        reason, save_now = agree(stop, time.monotonic() - began)
-        due = occasions(done, total_steps, every, stopping=bool(reason), save_now=save_now)
-        if due.check and (failure := check_norms(meter, scaled=accelerator.scaler is not None)):
-            report, leader = folder / "bad_batch.json", accelerator.is_main_process
-            raise explain_not_finite(*failure, data.train, report, write=leader)
-        if due.log:
-            log_rates(journal, meter, step=done, epoch=done / plan.steps_per_epoch, rate=rate)
-        if due.save:  # before the evaluation, which may fail
-            outputs.save_checkpoint(output, state, meter, stop, done, evaluated=not due.evaluate)
-        if due.last:
-            outputs.save_model(output, state, total_steps)
-        if due.stop:
-            break
-        if due.evaluate:
-            evaluate(due, done, validate, state, output, journal)
-        mark = time.perf_counter()
-
-    # ------ results
-    journal.bar.close()
-    steps.close()  # ends the processes that read ahead
-    if done < total_steps:
-        say(
-            accelerator,
-            f"stopped by {reason} after step {done}, saved: run the same command to resume",
-        )
-        return accelerator
-    if accelerator.is_main_process:
-        figures = {
-            "steps": total_steps,
-            "wall_seconds": time.perf_counter() - started,
-            "first_step_seconds": first_step_seconds,
-            "encoder_cache_seconds": cache_seconds,
-            "peak_memory_gib": memory.peak_memory_gib(),
-            "processes": accelerator.num_processes,
-            "engine": engine.name(accelerator),
-            "skipped_steps": meter.skipped,
-            "best": output.best,
-            "last": journal.last,
-        }
-        write_json(folder / "train.json", figures | provenance)
-    say(accelerator, f"{output.kind} in {folder}, figures in train.json")
-    return accelerator
+    describe(config, state, plan, total_steps, fitted)
+    return Run(config, state, data, validation, plan, total_steps, every, output, reload)
 
 
-def cache_outputs(
-    config: Config,
-    state: TrainState,
-    data: Data,
-    output: Output,
-    reload: Callable[[], torch.nn.Module],
-) -> EncoderCache:
-    """The outputs of a frozen encoder for all training clips, computed unless they are there."""
-    base = base_of(state.model)
-    windows = cache_windows(column(data.train, "seconds"), config.context)
+def start(run: Run, resumed_from: str, saved: dict[str, Any]) -> tuple[Journal, Meter]:
+    """Resume from a checkpoint and make up for its evaluation, or rehearse what may fail later.
+
+    Args:
+        resumed_from, saved: folder ("" for none) and state, as `checkpoint.agree` gives them.
+    """
+    accelerator, done = run.state.accelerator, saved["step"]
+    if accelerator.is_main_process and not resumed_from:
+        shutil.rmtree(run.output.checkpoints, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    journal = open_journal(
+        accelerator, run.output.folder, done=done, total=run.total_steps,
+        evaluated=saved["evaluated"],
+    )  # fmt: skip
+    meter = Meter(torch.zeros((), device=accelerator.device))
+    if not resumed_from:
+        if run.validation is None:
+            say(accelerator, "no validation split: no validation loss, no adapter_best")
+        else:
+            rehearse(run.validation, run.state)
+        return journal, meter
+    outputs.restore(Path(resumed_from), saved, run.state, meter)
+    say(accelerator, f"resumed at step {done} from {resumed_from}")
+    if done >= run.total_steps:
+        outputs.save_model(run.output, run.state, done)
+    due = occasions(done, run.total_steps, run.every)
+    if due.evaluate and not saved["evaluated"]:  # stopped before
+        evaluate(due, done, run.validation, run.state, run.output, journal)
+    return journal, meter
+
+
+def cache_outputs(run: Run) -> tuple[EncoderCache, float]:
+    """The outputs of a frozen encoder for all training clips, and the seconds that they took."""
+    started, config = time.perf_counter(), run.config
+    base = base_of(run.state.model)
+    windows = cache_windows(run.plan.seconds, config.context)
     dtype = held_dtype(config)
-    folder = Path(config.cache_dir or output.folder / "encoder_cache")
+    folder = Path(config.cache_dir or run.output.folder / "encoder_cache")
     cache = EncoderCache(folder, windows, base.config.d_model, dtype)
     identity = {
         "model": config.model,
-        "base_probe": output.provenance["base_probe"],
-        "data_dir": output.identity["data_dir"],
+        "base_probe": run.output.provenance["base_probe"],
+        "data_dir": run.output.identity["data_dir"],
         "dtype": str(dtype),
         "positions": int(windows.sum()),
     }
     load_or_fill(
-        cache, identity, state, reload, data.train, collator_for(base),
+        cache, identity, run.state, run.reload, run.data.train, collator_for(base),
         batch_seconds=config.max_batch_seconds, num_workers=config.num_workers,
     )  # fmt: skip
-    return cache
+    return cache, time.perf_counter() - started
 
 
-def describe_start(
+def describe(
     config: Config, state: TrainState, plan: TrainPlan, total_steps: int, fitted: memory.MemoryPlan
 ) -> None:
     """Say what is about to be trained."""

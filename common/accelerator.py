@@ -138,6 +138,6 @@ def explain_lost_contact(timeout_minutes: float) -> Iterator[None]:
             raise
         raise UserError(
             "--collective_timeout: another process of this run ended, or did not answer for "
-            f"{timeout_minutes:g} minutes; what it said stands above or on its machine: start the "
-            "run again to go on from its last checkpoint"
+            f"{timeout_minutes:g} minutes; its own message is above or on its machine: run the "
+            "same command to resume from the last checkpoint"
         ) from error

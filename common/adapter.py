@@ -91,7 +91,7 @@ def _read_adapter(adapter: str) -> dict[str, torch.Tensor]:
             f"--adapter {adapter}: its adapter_model.safetensors is damaged ({first_line(error)}):"
             " copy it again"
         ) from error
-    broken = [name for name, one in tensors.items() if not one.isfinite().all()]
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
             f"--adapter {adapter}: {len(broken)} of its {len(tensors)} tensors hold values that "
@@ -109,21 +109,19 @@ def _misfit(error: Exception) -> str:
     )
     if not sizes:
         return first_line(error)
-    name, there, here = (one.replace(", ", " x ") for one in sizes[0])
+    name, saved, own = (size.replace(", ", " x ") for size in sizes[0])
     why = ", because its run changed the vocabulary" if name.endswith(TIED) else ""
-    return (
-        f"{len(sizes)} of its tensors have other shapes ({name}: {there} there, {here} here){why}"
-    )
+    return f"{len(sizes)} of its tensors have other shapes ({name}: {saved} there, {own} here){why}"
 
 
 def _untie_adapted(base: WhisperForConditionalGeneration) -> None:
-    """Give the output layer weights of its own if it or the token embedding is adapted.
+    """Give the output layer weights of its own if it or the token embedding has an adapter.
 
-    They are one tensor. Unmerged, an adapter changes what one of them computes; merged into the
+    The two share a tensor. Unmerged, an adapter changes the output of one of them; merged into the
     tensor, it would change both.
     """
     embedding, projection = base.model.decoder.embed_tokens, base.proj_out
-    if not any(isinstance(one, BaseTunerLayer) for one in (embedding, projection)):
+    if not any(isinstance(layer, BaseTunerLayer) for layer in (embedding, projection)):
         return
     if isinstance(projection, BaseTunerLayer):
         projection = projection.get_base_layer()

@@ -24,7 +24,7 @@ from common.windows import FULL_WINDOW, POSITIONS_PER_SECOND
 USED_SHARE = 0.9
 CPU_SECONDS = 30.0  # on a CPU larger micro-batches are slower: they leave the caches
 CPU_CACHED_SECONDS = 240.0  # without an encoder to run they are not
-GPU_SECONDS = 480.0  # above it a GPU gains nothing
+GPU_SECONDS = 480.0  # larger micro-batches are no faster on a GPU
 CAP_MARGIN = 1.25  # of a clip's cap over the tokens that its duration can hold
 TOKENS_PER_SECOND = 24  # of labels, at most: Devanagari, read fast
 LIBRARIES_GIB = 0.55  # Python, torch, transformers and their like in a process on a CPU
@@ -40,8 +40,8 @@ FLOAT = 4  # bytes of float32
 # Rows of logits that the loss computes at once. CPU: 26 MB, which the allocator reuses instead of
 # returning; GPU: large enough to fill it, 425 MB.
 LOGIT_ROWS = {"cpu": 128, "cuda": 2048}
-SHORTEST_WINDOW = 2.56  # seconds, of a clip of one second with what follows the speech
-DECODE_SECONDS = 960.0  # of window decoded at once; above it nothing is gained
+SHORTEST_WINDOW = 2.56  # seconds: a clip of one second and the silence after it
+DECODE_SECONDS = 960.0  # of window per batch; larger batches are no faster
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def predict_gib(
         positions * width * (encoder + again + max(passing, states)),
         positions * width * (encoder + states) + width * decoder + logits,
     )
-    if step.device == "cpu":  # what one place frees the next does not take
+    if step.device == "cpu":  # freed memory is not reused by the next allocation
         passing = CPU_PASSING * value
         activations = positions * width * (encoder + again + passing) + width * decoder + logits
     copies = weights.trainable if step.tune == "lora" else weights.trainable - weight
@@ -239,7 +239,7 @@ def predict_gib(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a device is used."""
+    """The micro-batch that is used, and its predicted peak."""
 
     max_batch_seconds: float
     checkpointing: bool

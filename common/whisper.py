@@ -83,7 +83,7 @@ def load_base(
             model,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to tell of them, below
+            ignore_mismatched_sizes=True,  # reported below
             **options,
         )
     except (OSError, SafetensorError, ValueError, AssertionError) as error:
@@ -103,7 +103,7 @@ def check_whisper(model: str) -> None:
     try:
         kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
         if is_folder and (Path(model) / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(model)  # transformers would go on without a bad one
+            GenerationConfig.from_pretrained(model)  # transformers ignores a damaged one
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         if is_folder:
             raise UserError(
@@ -129,7 +129,7 @@ def _refuse_other_weights(model: str, loaded: dict[str, Any]) -> None:
     """
     missing = sorted(set(loaded["missing_keys"]) - COMPUTED)
     foreign = sorted(loaded["unexpected_keys"])
-    misfits = sorted(str(one[0]) for one in loaded["mismatched_keys"])
+    misfits = sorted(str(key) for key, *_ in loaded["mismatched_keys"])
     if missing or foreign or misfits:
         raise UserError(
             f"--model {model}: {len(missing)} tensors that its config.json asks for are missing, "
@@ -153,11 +153,11 @@ def _quantization(quantize: Quantize, dtype: torch.dtype) -> BitsAndBytesConfig:
 def complete_generation_config(
     model: WhisperForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Give a checkpoint what old or partial configurations lack: the ids that it is asked with.
+    """Give a checkpoint what old or partial configurations lack: the ids of the prompt.
 
-    They are the tokenizer's, which the labels have too. Prompts forced by an old configuration go:
-    they would override the language asked for. And a configuration that the library has made of
-    config.json no longer says so: when it was saved and loaded again, most of it would be left out.
+    They are the tokenizer's, as in the labels. Prompts forced by an old configuration are removed,
+    because they would override the requested language. The mark that the library made the
+    configuration from config.json is removed as well: with it, most of it would not be saved.
     """
     config, ids = model.generation_config, tokenizer.get_added_vocab()
     start, end = (tokenizer.convert_tokens_to_ids(name) for name in (labels.START, labels.END))
@@ -166,16 +166,16 @@ def complete_generation_config(
     config.eos_token_id = end
     config.decoder_start_token_id = model.config.decoder_start_token_id = start
     config.no_timestamps_token_id = tokenizer.convert_tokens_to_ids(labels.NO_TIMESTAMPS)
-    for one in (config, model.config):
-        if one.pad_token_id is None:
-            one.pad_token_id = end
+    for settings in (config, model.config):
+        if settings.pad_token_id is None:
+            settings.pad_token_id = end
     config.is_multilingual = not labels.is_english_only(tokenizer)
     if not config.is_multilingual:
         for name in ("language", "task", "lang_to_id", "task_to_id"):
             vars(config).pop(name, None)  # `generate` would refuse them, or detect a language
         return
     last = ids["<|translate|>"]
-    config.lang_to_id = {name: at for name, at in ids.items() if start < at < last}
+    config.lang_to_id = {name: token for name, token in ids.items() if start < token < last}
     config.task_to_id = {task: ids[f"<|{task}|>"] for task in labels.TASKS}
     for old, code in ALIASES.items():  # Hebrew is <|iw|> in Whisper's first releases
         if f"<|{old}|>" in config.lang_to_id:
@@ -188,8 +188,8 @@ def complete_generation_config(
 @functools.cache
 def mel_filters(bins: int, device: torch.device) -> torch.Tensor:
     """The filter bank (M, 1 + N_FFT // 2) of 80 or 128 mel bins."""
-    found = WhisperFeatureExtractor(feature_size=bins).mel_filters
-    return torch.tensor(found.T, dtype=torch.float32, device=device)
+    filters = WhisperFeatureExtractor(feature_size=bins).mel_filters
+    return torch.tensor(filters.T, dtype=torch.float32, device=device)
 
 
 def features(model: WhisperForConditionalGeneration, waves: torch.Tensor) -> torch.Tensor:

@@ -144,8 +144,9 @@ def hold_if_not_finite(
 ) -> None:
     """From the first gradient that is not finite on, let AdamW leave the weights as they are.
 
-    No GPU is waited for: fused AdamW reads the flag there. fp16's scaler has its own way, and
-    DeepSpeed has stepped already.
+    `found_inf` is how torch's own GradScaler tells a fused optimizer, which reads the flag on the
+    GPU and skips its update there: nothing waits for the GPU, unlike a test of the norm in Python.
+    In fp16 the scaler sets it itself; DeepSpeed has updated the weights already.
     """
     if accelerator.scaler is not None or accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
