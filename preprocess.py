@@ -193,7 +193,7 @@ def main(config: Config) -> None:
     report.show(finished, config.output_dir)
     shutil.rmtree(work, ignore_errors=True)
     if config.s3_uri:
-        sent, present = upload.upload(output_dir, config.s3_uri, last=prepared.RECORD_NAME)
+        sent, present = upload.send_folder(output_dir, config.s3_uri, last=prepared.RECORD_NAME)
         print(f"{config.s3_uri}: {sent} files sent, {present} were there already")
 
 

@@ -1,7 +1,7 @@
-"""Files and folders that are either whole or not there: written aside, flushed, renamed.
+"""Files and folders that are complete or absent: written under another name, flushed, renamed.
 
 SageMaker copies the folder of a run to S3 while the run writes it, and puts markers beside the
-files. What it is not to copy has a name that ends in `.sagemaker-ignore`.
+files. It does not copy files whose names end in `.sagemaker-ignore`.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from typing import Any
 IGNORED = ".sagemaker-ignore"
 PARTIAL = f".partial{IGNORED}"  # what is being written
 OLD = f".old{IGNORED}"  # what is being removed
-MARKERS = (".sagemaker-uploading", ".sagemaker-uploaded", IGNORED)  # no results
+MARKERS = (".sagemaker-uploading", ".sagemaker-uploaded", IGNORED)  # files that are no results
 REMOVAL_TRIES = 50
 REMOVAL_PAUSE_SECONDS = 0.1
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 `text` to `path` at once."""
+    """Write `text` as UTF-8; `path` is complete or as before."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` at once."""
+    """Write `content`; `path` is complete or as before."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         partial.write_bytes(content)
@@ -39,12 +39,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Write `value` as JSON, text as it is."""
+    """Write `value` as JSON, without escapes for letters beyond ASCII."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def has_content(folder: Path) -> bool:
-    """Whether something stands where `folder` is to be written; an empty folder does not."""
+    """Whether `folder` has content, or is a file."""
     return any(folder.iterdir()) if folder.is_dir() else folder.exists()
 
 
@@ -52,7 +52,7 @@ def has_content(folder: Path) -> bool:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`, which takes its place when the block succeeds.
 
-    A block that fails leaves `folder` as it was; what a killed run left is removed first.
+    If the block fails, `folder` stays as it was. What a killed run left is removed first.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     _remove_tree(partial)
@@ -72,12 +72,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, out of the sight of whoever reads it; half of it is never there."""
+    """Remove a folder; readers see all of it or nothing, because it is renamed first."""
     _remove_tree(_set_aside(folder))
 
 
 def _set_aside(folder: Path) -> Path:
-    """Rename `folder`, if it is there, to what is about to be removed."""
+    """Rename `folder`, if it exists, to the name under which it is removed."""
     old = folder.with_name(folder.name + OLD)
     _remove_tree(old)
     with contextlib.suppress(FileNotFoundError):
@@ -86,7 +86,7 @@ def _set_aside(folder: Path) -> Path:
 
 
 def _remove_tree(folder: Path) -> None:
-    """Remove a folder although files appear and vanish in it meanwhile; a link or a file, too."""
+    """Remove a folder, a link or a file, even if files appear and vanish in it meanwhile."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     for _ in range(REMOVAL_TRIES):
@@ -94,11 +94,11 @@ def _remove_tree(folder: Path) -> None:
         if not folder.exists():
             return
         time.sleep(REMOVAL_PAUSE_SECONDS)
-    shutil.rmtree(folder)  # once more: now it says what is in the way
+    shutil.rmtree(folder)  # once more, to raise the error
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or a folder's list of names."""
+    """Flush the content of a file, or the list of names of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Long work made visible: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, a line every 15 seconds elsewhere."""
 
 import sys
 import time
@@ -12,7 +12,14 @@ LINE_EVERY_SECONDS = 15.0
 
 
 def track(items: Iterable[T], *, total: int | None, what: str, quiet: bool = False) -> Iterator[T]:
-    """Yield `items`, showing how many are done, of `total` where known; `quiet` but on rank 0."""
+    """Yield `items` and show how many are done.
+
+    Args:
+        items: to iterate over.
+        total: their number; `None` if it is not known.
+        what: label of the progress.
+        quiet: show nothing, for all processes but the first.
+    """
     if quiet:
         yield from items
         return

@@ -1,4 +1,4 @@
-"""What a result was made with: options, library versions and git commit, to lie beside it."""
+"""What a result was made with: options, library versions and git commit."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsand
 
 
 def describe_run(config: Any) -> dict[str, Any]:
-    """Describe a run: `config` is the script's dataclass of options."""
+    """Describe a run with its options, the script's dataclass `config`."""
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
         "config": asdict(config),
@@ -22,9 +22,9 @@ def describe_run(config: Any) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """The commit of the scripts, with `+` when they were changed since.
+    """The commit of the scripts, with `+` if they have uncommitted changes.
 
-    Outside of a git checkout it is GIT_COMMIT, which docker/Dockerfile sets, or empty.
+    Outside a git checkout it is GIT_COMMIT, which docker/Dockerfile sets, or empty.
     """
     folder = Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,7 @@
-"""What the columns of a table mean: path, text, speaker, language, split, and the times of a part.
+"""What the columns of a table mean: path, text, speaker, language, split, start and end.
 
-Names are compared without case, spaces and signs: `Audio Path` and `audio_path` are `audiopath`.
+Names are compared without case, spaces and punctuation: `Audio Path` and `audio_path` are both
+`audiopath`.
 """
 
 import functools
@@ -14,8 +15,8 @@ SPEAKER_COLUMNS = ("speaker", "speakerid", "clientid", "spk", "spkid", "speakern
 LANGUAGE_COLUMNS = ("language", "lang", "locale", "languagecode", "langcode")
 SPLIT_COLUMNS = ("split",)
 
-# How pandas, numpy, Python, R and spreadsheets spell a cell that is not there. `null` alone is a
-# word where it is a text (German for zero).
+# How pandas, numpy, Python, R and spreadsheets spell a missing cell. As a text, `null` is a word:
+# German for zero.
 MISSING = ("nan", "NaN", "NAN", "<NA>", "NA", "N/A", "#N/A", "None", "NULL")
 MISSING_ID = (*MISSING, "none", "null")
 
@@ -27,12 +28,12 @@ TIME = re.compile(
     r"(?:(?P<seconds>|s|secs?|seconds?)|(?P<milli>ms|msecs?|millis|milliseconds?)"
     r"|(?P<unread>samples?|frames?|us|usecs?|microseconds?|ns|nanoseconds?|ticks?|bytes?))"
 )
-SAME_SECONDS = 0.005  # times that are rounded differently
+SAME_SECONDS = 0.005  # times that differ by less are equal, but rounded differently
 CLOCK = re.compile(r"(?:(\d+):)?([0-5]?\d):([0-5]?\d(?:[.,]\d+)?)")  # 1:02:03.5, 02:03,5
 
 
 def column_name(name: str) -> str:
-    """A column's name without case, spaces and signs.
+    """A column's name without case, spaces and punctuation.
 
     >>> column_name(" Start (ms)"), column_name("audio_filepath")
     ('startms', 'audiofilepath')
@@ -41,13 +42,13 @@ def column_name(name: str) -> str:
 
 
 def cell(record: dict[str, Any], names: tuple[str, ...], missing: tuple[str, ...] = ()) -> str:
-    """The first of the named columns that is there and not empty, as stripped text."""
+    """The first of the named cells that is neither empty nor in `missing`, as stripped text."""
     texts = (as_text(record.get(name)) for name in names)
     return next((text for text in texts if text and text not in missing), "")
 
 
 def as_text(value: Any) -> str:
-    """A cell's text: none for null, NaN, lists and objects; `7` for 7.0, `true` for true."""
+    """A cell as text: empty for null, NaN, lists and objects; `7` for 7.0, `true` for true."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, bool):
@@ -60,21 +61,21 @@ def as_text(value: Any) -> str:
 
 
 def text(record: dict[str, Any], names: tuple[str, ...] = TEXT_COLUMNS) -> tuple[str, str]:
-    """A row's transcript, and why it has none where that is not plain."""
+    """A row's transcript; and why it has none, if the cell is not simply empty."""
     for name in names:
         value = record.get(name)
         if isinstance(value, bool | list | dict):
             return "", f"{name} is not a text: {value!r}"[:100]
-        found = as_text(value)
-        if found in MISSING:
-            return "", f"{name} is {found}, which stands for none"
-        if found:
-            return found, ""
+        transcript = as_text(value)
+        if transcript in MISSING:
+            return "", f"{name} is {transcript}, which stands for none"
+        if transcript:
+            return transcript, ""
     return "", ""
 
 
 def paths(record: dict[str, Any]) -> list[str]:
-    """The different audio paths that a row names, most often one."""
+    """The distinct audio paths of a row, usually one."""
     cells = (record.get(name) for name in PATH_COLUMNS)
     texts = (value.strip() for value in cells if isinstance(value, str))
     return list(dict.fromkeys(name for name in texts if name))
@@ -82,7 +83,7 @@ def paths(record: dict[str, Any]) -> list[str]:
 
 @functools.cache
 def _time_role(name: str) -> tuple[str, float] | None:
-    """What a column says about a part of a file, and its unit in seconds (0: one not read)."""
+    """The role of a column of times, and its unit in seconds; 0 for a unit that is not read."""
     match = TIME.fullmatch(name)
     if not match:
         return None
@@ -92,25 +93,25 @@ def _time_role(name: str) -> tuple[str, float] | None:
 
 
 def is_time(name: str) -> bool:
-    """Whether a column says where a clip starts or ends in its file."""
+    """Whether a column holds the start or the end of a clip in its file."""
     role = _time_role(name)
     return bool(role) and role[0] in ("start", "end")
 
 
 def is_known(name: str) -> bool:
-    """Whether a column means something here."""
+    """Whether a column has a meaning for preprocess.py."""
     known = (PATH_COLUMNS, TEXT_COLUMNS, SPEAKER_COLUMNS, LANGUAGE_COLUMNS, SPLIT_COLUMNS)
     return any(name in names for names in known) or _time_role(name) is not None
 
 
 def times(record: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Where a clip starts and ends in its file, in seconds; `None` where the file does.
+    """Start and end of a clip in its file, in seconds; `None` for those of the file.
 
-    A duration counts only behind a start, as in NeMo's manifests (`offset` and `duration`): alone
-    it tells how long the file is.
+    A duration counts only together with a start, as in NeMo's manifests (`offset` and `duration`):
+    alone it is the length of the file.
 
     Raises:
-        ValueError: columns that cut the file in a way that is not read, or that contradict.
+        ValueError: the columns contradict each other, or have units that are not read.
     """
     given: dict[str, list[tuple[str, float, Any]]] = {}
     for name, value in record.items():
@@ -135,7 +136,7 @@ def times(record: dict[str, Any]) -> tuple[float | None, float | None]:
 
 
 def _agreed(given: dict[str, list[tuple[str, float, Any]]], role: str) -> float | None:
-    """What the columns of one role say, in seconds."""
+    """The time that the columns of one role agree on, in seconds."""
     columns = given.get(role, ())
     values = [(name, _seconds(name, value) * unit) for name, unit, value in columns if unit]
     if columns and not values:
@@ -147,7 +148,7 @@ def _agreed(given: dict[str, list[tuple[str, float, Any]]], role: str) -> float 
 
 
 def _seconds(name: str, value: Any) -> float:
-    """A time: a number, or hours, minutes and seconds."""
+    """A cell as seconds: a number, or hours, minutes and seconds."""
     word = as_text(value) if not isinstance(value, bool) else ""
     clock = CLOCK.fullmatch(word)
     if clock:

@@ -1,7 +1,7 @@
-"""Tables of any dialect as one stream of records: csv with any separator, tsv, JSON of four shapes.
+"""Tables of any dialect as a stream of records: csv with any separator, tsv, JSON of four shapes.
 
-A record is a dict of column names, without case, spaces and signs (`column_name`), to values. A row
-that cannot be read is the record `{"": why}`, so that it is counted.
+A record is a dict from column names, without case, spaces and punctuation (`column_name`), to
+values. A row that cannot be read is the record `{"": why}`, so that it is counted.
 """
 
 import csv
@@ -29,16 +29,17 @@ def records(path: Path, *, quotes_are_text: bool = False) -> Iterator[Record]:
     """Yield each row of a table.
 
     Args:
-        quotes_are_text: a quote in a tsv is one, as in Common Voice.
+        path: of the table.
+        quotes_are_text: quotes in a tsv are part of the text, as in Common Voice.
 
     Raises:
-        UserError: not UTF-8, a column that lacks, or JSON that is no table.
+        UserError: the table is not UTF-8, lacks a column, or is JSON without rows.
     """
     with path.open("rb") as file:
         head = file.read(1024)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
         raise UserError(f"--source: {path} is UTF-16: save it as UTF-8")
-    # Bytes that are not UTF-8 become lone surrogates, which `sources` finds and reports.
+    # Bytes that are not UTF-8 become lone surrogates, which `table_rows` reports.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if "json" in path.suffix.lower():
             yield from _json_records(file, path)
@@ -52,10 +53,10 @@ def records(path: Path, *, quotes_are_text: bool = False) -> Iterator[Record]:
 
 
 def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Iterator[Record]:
-    """Rows of cells between separators.
+    """Yield the rows of a csv or tsv.
 
-    A tsv is read line by line, because an unbalanced quote in it is text, and a quote that would
-    swallow the lines behind it. Cells that csv writers have quoted are unquoted.
+    A tsv is read line by line, because an unbalanced quote in it is usually text, and would join
+    all lines after it to one cell. Cells that a csv writer has quoted are unquoted.
     """
     first = file.readline()
     named = SEPARATOR_LINE.fullmatch(first)
@@ -71,7 +72,7 @@ def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Itera
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(file, delimiter=separator)
-    is_common_voice = {"clientid", "sentence"} <= set(header)  # given by itself, or a part of it
+    is_common_voice = {"clientid", "sentence"} <= set(header)  # a table of it, given as a manifest
     rows = iter(reader)
     while True:
         try:
@@ -94,7 +95,7 @@ def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Itera
 
 
 def _without_halves(rows: Iterator[Record]) -> Iterator[Record]:
-    """The rows of a tsv, but for the first line of a quoted cell that runs over several lines."""
+    """Yield the rows of a tsv; the first line of a cell of several lines is no row."""
     before = next(rows, None)
     while before is not None:
         row = next(rows, None)
@@ -105,7 +106,7 @@ def _without_halves(rows: Iterator[Record]) -> Iterator[Record]:
 
 
 def _separator(header: str, path: Path) -> str:
-    """The separator that gives the header an audio path and a text, else the suffix's."""
+    """The separator with which the header has an audio path and a text, else the usual one."""
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     for separator in (usual, *SEPARATORS):
         names = {column_name(name) for name in next(csv.reader([header], delimiter=separator), [])}
@@ -115,7 +116,7 @@ def _separator(header: str, path: Path) -> str:
 
 
 def _check_header(header: list[str], given: list[str], path: Path) -> None:
-    """An error where a column lacks that is needed, or two have the same name."""
+    """Raise UserError if a column that is needed is missing, or two have the same name."""
     for role, known in (("an audio path", PATH_COLUMNS), ("a text", TEXT_COLUMNS)):
         if not set(header) & set(known):
             raise UserError(
@@ -129,10 +130,11 @@ def _check_header(header: list[str], given: list[str], path: Path) -> None:
 
 
 def _unquoted(cell: str, *, only_doubled: bool) -> str:
-    """A cell as csv writers mean it: a pair of quotes around it goes, two inside are one.
+    """Undo a csv writer's quoting: remove the quotes around a cell, and double quotes inside.
 
     Args:
-        only_doubled: leave a cell alone that no writer had to quote; its quotes may be text.
+        cell: text between separators.
+        only_doubled: do not change a cell that needed no quoting; its quotes may be text.
 
     >>> _unquoted('"She said ""come"" to me"', only_doubled=False)
     'She said "come" to me'
@@ -146,26 +148,26 @@ def _unquoted(cell: str, *, only_doubled: bool) -> str:
 
 
 def _json_records(file: TextIO, path: Path) -> Iterator[Record]:
-    """An object a line; or one text: a list of objects, an object of lists, or a single object."""
+    """Yield one object per line; or those of a list, of an object of lists, or a single object."""
     lines = (line for line in file if line.strip())
     first = next(lines, "")
     second = next(lines, "")
-    value = _loaded(first)
+    value = _parse(first)
     if second and value is not None:
         yield from map(_line, itertools.chain([first, second], lines))
         return
     content = first + second + file.read()
-    value = _loaded(content)
+    value = _parse(content)
     if value is not None:
         yield from map(_record, _rows(value, path))
-    elif any(map(_loaded, content.splitlines())):
+    elif any(map(_parse, content.splitlines())):
         yield from map(_line, content.splitlines())
     elif content:
         raise UserError(f"--source: {path} is not JSON ({_why_not(content)}): write it again")
 
 
-def _loaded(content: str) -> Any:
-    """The value that JSON text tells, `None` where it is none."""
+def _parse(content: str) -> Any:
+    """The value of JSON text, or `None` if it is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -181,12 +183,12 @@ def _why_not(content: str) -> str:
 
 
 def _line(line: str) -> Record:
-    value = _loaded(line)
+    value = _parse(line)
     return {"": f"not JSON: {_why_not(line)}"} if value is None else _record(value)
 
 
 def _record(value: Any) -> Record:
-    """An object with `column_name`s. What an audio object says (`path`, `start`) joins the rest."""
+    """An object as a record; the fields of an audio object (`path`, `start`) are joined to it."""
     if not isinstance(value, dict):
         return {"": "not a JSON object"}
     record = {column_name(str(name)): cell for name, cell in value.items()}
@@ -199,7 +201,7 @@ def _record(value: Any) -> Record:
 
 
 def _rows(value: Any, path: Path) -> list[Any]:
-    """The rows of a list, of an object of columns (lists, or objects as pandas writes), or one."""
+    """The rows of a list, of an object of columns (lists, or pandas' objects), or a single one."""
     if isinstance(value, list):
         return value
     columns = value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""A folder copied to S3, so that a copy that was cut off can be continued."""
+"""Copies a folder to S3; an interrupted copy can be continued."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from typing import Any
 
 from common import aws
 from common.aws import split_uri, uri_problem
-from common.cli import UserError
+from common.cli import UserError, first_line
 
 
 def check(s3_uri: str) -> None:
-    """Find out, before hours of work, that an upload would fail.
+    """Check, before hours of work, that an upload can succeed.
 
     Raises:
-        UserError: not an S3 URI, no credentials, no such bucket, no connection.
+        UserError: not an S3 URI, no credentials, no such bucket, or no connection.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -29,22 +29,23 @@ def check(s3_uri: str) -> None:
         raise _s3_error(s3_uri, error) from error
 
 
-def upload(folder: Path, s3_uri: str, *, last: str) -> tuple[int, int]:
+def send_folder(folder: Path, s3_uri: str, *, last: str) -> tuple[int, int]:
     """Copy a folder below `s3_uri`.
 
-    Large files go in parts, several at a time. An object whose size and sha256 agree is left
-    alone, so an upload that was cut off continues where it stopped.
+    Large files are sent in parts, several at a time. A file is not sent if an object with its size
+    and sha256 exists, so an interrupted upload continues where it stopped.
 
     Args:
-        folder: what to copy.
+        folder: to copy.
         s3_uri: `s3://BUCKET/PREFIX`.
-        last: the file whose presence says that the copy is whole; it also tells datasets apart.
+        last: name of the file that is sent last. Its presence means that the copy is complete, and
+            its content identifies the dataset.
 
     Returns:
-        Number of files sent, and of files that were there already.
+        Number of files sent, and of files that S3 had already.
 
     Raises:
-        UserError: as `check`; or the place holds a dataset that is not this one.
+        UserError: as `check`; or `s3_uri` holds another dataset.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files.sort(key=lambda path: path == folder / last)
@@ -57,7 +58,7 @@ def upload(folder: Path, s3_uri: str, *, last: str) -> tuple[int, int]:
 
 @contextmanager
 def _opened(s3_uri: str) -> Iterator[tuple[Any, str, str]]:
-    """A client, the bucket and the prefix; what goes wrong with them is a UserError."""
+    """Yield a client, the bucket and the prefix; an error of S3 becomes a UserError."""
     from boto3.exceptions import S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -85,18 +86,18 @@ def _client(s3_uri: str) -> Any:
     return settings.client("s3", region_name=settings.region_name or "us-east-1")
 
 
-def _refuse_other_dataset(client: Any, bucket: str, key: str, recipe: Path, s3_uri: str) -> None:
+def _refuse_other_dataset(client: Any, bucket: str, key: str, record: Path, s3_uri: str) -> None:
     stored = _stored(client, bucket, key)
-    if stored is None or stored == _size_and_sha256(recipe):
+    if stored is None or stored == _size_and_sha256(record):
         return
     raise UserError(
-        f"--s3_uri {s3_uri} holds another dataset ({recipe.name} differs): "
+        f"--s3_uri {s3_uri} holds another dataset ({record.name} differs): "
         "give another prefix or remove that one"
     )
 
 
 def _upload_file(client: Any, bucket: str, key: str, path: Path) -> bool:
-    """Upload unless the object is there already; whether it was sent."""
+    """Upload a file unless S3 has it already; returns whether it was sent."""
     from boto3.s3.transfer import TransferConfig
 
     size, sha256 = _size_and_sha256(path)
@@ -108,7 +109,7 @@ def _upload_file(client: Any, bucket: str, key: str, path: Path) -> bool:
 
 
 def _stored(client: Any, bucket: str, key: str) -> tuple[int, str] | None:
-    """Size and sha256 of an object, as `_upload_file` noted it; `None` where there is none."""
+    """Size of an object, and the sha256 that `_upload_file` stored with it; `None` without one."""
     from botocore.exceptions import ClientError
 
     try:
@@ -126,8 +127,7 @@ def _size_and_sha256(path: Path) -> tuple[int, str]:
 
 
 def _s3_error(s3_uri: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0]
     return UserError(
-        f"--s3_uri {s3_uri} cannot be written ({reason}): check the bucket, credentials and "
-        "network, then start again"
+        f"--s3_uri {s3_uri} cannot be written ({first_line(error)}): check the bucket, credentials "
+        "and network, then run again"
     )

@@ -843,10 +843,10 @@ def test_upload_in_parts_keeps_the_content(tmp_path, bucket):
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "a").write_bytes(os.urandom(9 * 2**20))
     (tmp_path / "big" / "z.json").write_text("{}")
-    assert upload.upload(tmp_path / "big", "s3://speech", last="z.json") == (2, 0)
+    assert upload.send_folder(tmp_path / "big", "s3://speech", last="z.json") == (2, 0)
     body = bucket.get_object(Bucket="speech", Key="a")["Body"].read()
     assert body == (tmp_path / "big" / "a").read_bytes()
-    assert upload.upload(tmp_path / "big", "s3://speech", last="z.json") == (0, 2)
+    assert upload.send_folder(tmp_path / "big", "s3://speech", last="z.json") == (0, 2)
 
 
 def test_upload_does_not_mix_two_datasets(tmp_path, model, bucket):
