@@ -88,12 +88,11 @@ def load_tokenizer(
             f"{model_option} {model} is not a Whisper model (its tokenizer lacks {missing[0]}): "
             "give one such as openai/whisper-small"
         )
-    unfit = f"{task_option} {task}" if task == "translate" else ""
-    if code not in ("", "en"):
-        unfit = f"{language_option} {language}"
-    if unfit and is_english_only(tokenizer):
+    is_other_language = code not in ("", "en")
+    if is_english_only(tokenizer) and (is_other_language or task == "translate"):
+        option = f"{language_option} {language}" if is_other_language else f"{task_option} {task}"
         raise UserError(
-            f"{model_option} {model} is English-only and cannot take {unfit}: "
+            f"{model_option} {model} is English-only and cannot take {option}: "
             "give a multilingual model (no .en at the end of its name)"
         )
     if code and not has_language(tokenizer, code):

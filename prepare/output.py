@@ -40,6 +40,16 @@ def read_finished(
     record = prepared.read_record(folder)
     if record is None:
         raise UserError(f"{place} holds files that preprocess.py did not write: give a new folder")
+    _refuse_other_preparation(record, place, options)
+    if record["source"]["sha256"] != source_sha256:
+        raise UserError(
+            f"{place} was prepared from --source {source_name} before its tables changed: "
+            "give another folder or remove it"
+        )
+    return record
+
+
+def _refuse_other_preparation(record: dict[str, Any], place: str, options: dict[str, Any]) -> None:
     differing = [
         f"--{key} ({record['config'].get(key)!r} there, {value!r} here)"
         for key, value in options.items()
@@ -50,12 +60,6 @@ def read_finished(
             f"{place} holds another preparation: {', '.join(differing)} differ: "
             "give another folder or remove it"
         )
-    if record["source"]["sha256"] != source_sha256:
-        raise UserError(
-            f"{place} was prepared from --source {source_name} before its tables changed: "
-            "give another folder or remove it"
-        )
-    return record
 
 
 @contextlib.contextmanager

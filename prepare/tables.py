@@ -58,16 +58,8 @@ def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Itera
     A tsv is read line by line, because an unbalanced quote in it is usually text, and would join
     all lines after it to one cell. Cells that a csv writer has quoted are unquoted.
     """
-    first = file.readline()
-    named = SEPARATOR_LINE.fullmatch(first)
-    if named:
-        first = file.readline()
-    separator = named[1] if named else _separator(first, path)
+    separator, header = _read_header(file, path)
     is_tsv = separator == "\t" and path.suffix.lower() == ".tsv"
-    cells_of = csv.reader([first], delimiter=separator)
-    given = [cell.strip() for cell in next(cells_of, [])]
-    header = [column_name(name) for name in given]
-    _check_header(header, given, path)
     if is_tsv:
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
@@ -94,6 +86,19 @@ def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Itera
             yield dict(zip(header, cells, strict=True))
 
 
+def _read_header(file: TextIO, path: Path) -> tuple[str, list[str]]:
+    """The separator and the names of the columns, from the first line or two."""
+    first = file.readline()
+    separator_line = SEPARATOR_LINE.fullmatch(first)
+    if separator_line:
+        first = file.readline()
+    separator = separator_line[1] if separator_line else _separator(first, path)
+    names = [cell.strip() for cell in next(csv.reader([first], delimiter=separator), [])]
+    header = [column_name(name) for name in names]
+    _check_header(header, names, path)
+    return separator, header
+
+
 def _without_halves(rows: Iterator[Record]) -> Iterator[Record]:
     """Yield the rows of a tsv; the first line of a cell of several lines is no row."""
     before = next(rows, None)
@@ -115,13 +120,13 @@ def _separator(header: str, path: Path) -> str:
     return usual
 
 
-def _check_header(header: list[str], given: list[str], path: Path) -> None:
+def _check_header(header: list[str], names: list[str], path: Path) -> None:
     """Raise UserError if a column that is needed is missing, or two have the same name."""
     for role, known in (("an audio path", PATH_COLUMNS), ("a text", TEXT_COLUMNS)):
         if not set(header) & set(known):
             raise UserError(
                 f"--source: {path} lacks {role} column (one of {', '.join(known)}); "
-                f"its columns are {', '.join(given) or 'none'}: rename one, or write a first line "
+                f"its columns are {', '.join(names) or 'none'}: rename one, or write a first line "
                 "that names the columns"
             )
     twice = sorted({name for name in header if header.count(name) > 1 and is_known(name)})

@@ -29,7 +29,7 @@ def test_the_prompt_of_an_english_only_model_is_start_and_no_timestamps(english_
 
 def test_a_tokenizer_that_ends_at_50256_is_english_only_though_it_has_language_tokens():
     ids = {labels.END: 50_256, "<|transcribe|>": 50_358, "<|hi|>": 50_275}
-    names = {at: name for name, at in ids.items()}
+    names = {index: name for name, index in ids.items()}
     tokenizer = SimpleNamespace(
         convert_tokens_to_ids=lambda name: ids.get(name, 50_256),
         convert_ids_to_tokens=names.__getitem__,
@@ -49,8 +49,8 @@ def altered_tokenizer(folder, change):
 def add_timestamps(content):
     first = max(token["id"] for token in content["added_tokens"]) + 1
     template = content["added_tokens"][-1]
-    for at in range(20):
-        token = {**template, "id": first + at, "content": f"<|{at / 50:.2f}|>"}
+    for index in range(20):
+        token = {**template, "id": first + index, "content": f"<|{index / 50:.2f}|>"}
         content["added_tokens"].append(token)
 
 

@@ -28,9 +28,9 @@ RELATIVES = (
 @pytest.mark.parametrize(("name", "code"), re.findall(r"(\S[^=]*)=(\w+)", RELATIVES))
 def test_a_language_that_whisper_lacks_gets_the_advice_to_take_a_related_ones_token(name, code):
     advice = rf"--language '{name}' .* related language, such as {code} \("
-    with pytest.raises(UserError, match=advice) as caught:
+    with pytest.raises(UserError, match=advice) as error:
         languages.language_code(name)
-    assert "did you mean" not in str(caught.value)
+    assert "did you mean" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["xx", "tlh", "Klingon", "Quenya", "Hittite"])

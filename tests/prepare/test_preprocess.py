@@ -158,15 +158,15 @@ def test_ids_are_unique_whatever_the_paths(tmp_path, model):
 
 
 def test_the_output_does_not_depend_on_where_parts_end(tmp_path, model, monkeypatch):
-    names = [f"{at % 10}.{('wav', 'flac', 'ogg')[at // 10]}" for at in range(30)]
+    names = [f"{i % 10}.{('wav', 'flac', 'ogg')[i // 10]}" for i in range(30)]
     names[1] = "0#2.wav"
     records = [
-        {"path": name, "text": f"text {at % 7}", "split": ("test", "train", "dev")[at // 2 % 3]}
-        for at, name in enumerate(names)
+        {"path": name, "text": f"text {i % 7}", "split": ("test", "train", "dev")[i // 2 % 3]}
+        for i, name in enumerate(names)
     ]
     sound = noise(tmp_path / names[3]).read_bytes()
-    for at in range(8, 30, 9):  # in three other parts
-        (tmp_path / names[at]).write_bytes(sound)
+    for i in range(8, 30, 9):  # in three other parts
+        (tmp_path / names[i]).write_bytes(sound)
     source = manifest(tmp_path, records)
     run(source, model, tmp_path / "one_part", forbid_text_overlap=True)
     monkeypatch.setattr(parts, "PART_CLIPS", 4)
@@ -285,8 +285,8 @@ def test_every_unusable_clip_is_dropped_with_its_reason_and_the_rest_is_kept(tmp
     bad = ["{", '{"path": "nul\\u0000.wav", "text": "x"}', '{"path": "u.wav", "text": "\\ud800"}']
     source.write_text(source.read_text() + "\n".join(bad) + "\n")
     report = run(str(source), model, tmp_path / "out", language="")
-    found = dropped(tmp_path / "out")
-    assert found == expected
+    reasons_by_id = dropped(tmp_path / "out")
+    assert reasons_by_id == expected
     assert load_from_disk(tmp_path / "out")["train"]["id"][:] == ["good", "last"]
     assert report["clips"] == {"read": 22, "kept": 2, "dropped": 20}
     assert sum(report["dropped"].values()) == 20 and report["dropped"]["empty audio"] == 2
@@ -364,7 +364,7 @@ def test_text_overlap_is_found_through_case_spacing_and_composition(tmp_path, mo
 
 
 def test_a_cut_by_speaker_never_divides_a_speaker(tmp_path, model):
-    records = [{"path": f"{at}.wav", "speaker": f"s{at % 10}"} for at in range(40)]
+    records = [{"path": f"{i}.wav", "speaker": f"s{i % 10}"} for i in range(40)]
     fractions = {"test_fraction": 0.2, "validation_fraction": 0.1}
     report = run(manifest(tmp_path, records), model, tmp_path / "out", **fractions)
     loaded = load_from_disk(tmp_path / "out")
@@ -379,7 +379,7 @@ def test_a_cut_by_speaker_never_divides_a_speaker(tmp_path, model):
 
 
 def test_one_speaker_is_cut_by_clip_with_a_note(tmp_path, model, capsys):
-    records = [{"path": f"{at}.wav", "speaker": "s"} for at in range(20)]
+    records = [{"path": f"{i}.wav", "speaker": "s"} for i in range(20)]
     fractions = {"test_fraction": 0.2, "validation_fraction": 0.1}
     report = run(manifest(tmp_path, records), model, tmp_path / "out", **fractions)
     counts = {name: split["clips"] for name, split in report["splits"].items()}
@@ -388,7 +388,7 @@ def test_one_speaker_is_cut_by_clip_with_a_note(tmp_path, model, capsys):
 
 
 def test_a_source_with_a_test_split_keeps_it(tmp_path, model):
-    records = [{"path": f"{at}.wav", "split": "test" if at < 2 else ""} for at in range(20)]
+    records = [{"path": f"{i}.wav", "split": "test" if i < 2 else ""} for i in range(20)]
     report = run(manifest(tmp_path, records), model, tmp_path / "out", test_fraction=0.5)
     counts = {name: split["clips"] for name, split in report["splits"].items()}
     assert counts == {"train": 18, "test": 2} and report["splits_by"] == "found"
@@ -399,8 +399,8 @@ def test_a_source_without_validation_gets_it_from_training(
     tmp_path, model, capsys, num_speakers, unit
 ):
     records = [
-        {"path": f"{at}.wav", "split": "test" if at < 2 else "train", "speaker": f"s{at % 9}"}
-        for at in range(20)
+        {"path": f"{i}.wav", "split": "test" if i < 2 else "train", "speaker": f"s{i % 9}"}
+        for i in range(20)
     ]
     for record in records:
         record["speaker"] = f"s{int(record['speaker'][1:]) % num_speakers}"
@@ -446,7 +446,9 @@ def sizes_of(sizes, fractions, seed=0):
     """Clips of train, validation and test, for speakers with so many clips each."""
     speakers = np.repeat(np.arange(len(sizes)) + 1, sizes)
     codes, by = splits.cut(facts_of(speakers), fractions, seed)
-    assert by == "speaker" and all(len(set(codes[speakers == one])) == 1 for one in speakers)
+    assert by == "speaker" and all(
+        len(set(codes[speakers == speaker])) == 1 for speaker in speakers
+    )
     return np.bincount(codes, minlength=4)[1:].tolist()
 
 
@@ -466,7 +468,7 @@ def test_whole_speakers_are_cut_as_near_to_the_fractions_as_they_allow(sizes, ex
 
 
 def test_a_split_far_from_its_fraction_is_a_warning(tmp_path, model, capsys):
-    records = [{"path": f"{at}.wav", "speaker": f"s{at % 3}"} for at in range(12)]
+    records = [{"path": f"{i}.wav", "speaker": f"s{i % 3}"} for i in range(12)]
     fractions = {"test_fraction": 0.1, "validation_fraction": 0.3}
     report = run(manifest(tmp_path, records), model, tmp_path / "out", **fractions)
     assert report["fractions_missed"] == {"test": [0.1, 0.333]}
@@ -499,9 +501,9 @@ def killed(tmp_path_factory, model):
     pool = np.random.default_rng(0).normal(0, 0.1, 32_000 + NUM_CLIPS)
     (folder / "data").mkdir()
     lines = ["path,text,speaker"]
-    for at in range(NUM_CLIPS):
-        soundfile.write(folder / "data" / f"{at}.wav", pool[at : at + 22_050], 22_050)
-        lines.append(f"{at}.wav,text {at % 700},s{at % 30}")
+    for i in range(NUM_CLIPS):
+        soundfile.write(folder / "data" / f"{i}.wav", pool[i : i + 22_050], 22_050)
+        lines.append(f"{i}.wav,text {i % 700},s{i % 30}")
     (folder / "data" / "m.csv").write_text("\n".join(lines) + "\n")
     words = ("--source", folder / "data" / "m.csv", "--language", "mr", "--model", model)
     words = command(*words, "--output_dir", folder / "out", "--num_workers", 2)
@@ -597,9 +599,9 @@ def test_no_output_file_names_the_folder_of_the_audio(tmp_path, model):
 def test_another_configuration_in_the_output_is_refused_by_name(tmp_path, model):
     source = manifest(tmp_path, [{"path": "a.wav"}])
     run(source, model, tmp_path / "out")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         run(source, model, tmp_path / "out", language="hi", max_seconds=20.0)
-    message = str(caught.value)
+    message = str(error.value)
     assert "--language ('mr' there, 'hi' here), --max_seconds (30.0 there, 20.0 here)" in message
     assert "give another folder or remove it" in message
 
@@ -652,9 +654,9 @@ def test_a_mistake_is_one_line_that_names_option_value_and_remedy(
 ):
     source = manifest(tmp_path, [{"path": "a.wav"}])
     given = {"source": source, "model": model} | options
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as error:
         run(given.pop("source"), given.pop("model"), tmp_path / "out", **given)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -711,7 +713,7 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(tmp_path, model):
 @pytest.mark.root
 def test_a_full_disk_is_one_line_and_the_run_can_be_continued(tmp_path, model):
     with launch.small_disk(tmp_path / "disk", "1m") as disk:
-        records = [{"path": f"{at}.wav"} for at in range(80)]
+        records = [{"path": f"{i}.wav"} for i in range(80)]
         words = ("--source", manifest(tmp_path, records), "--model", model, "--language", "mr")
         words = command(*words, "--output_dir", disk / "out", "--num_workers", 1)
         done = subprocess.run(words, capture_output=True, text=True)
@@ -724,7 +726,7 @@ def test_a_full_disk_is_one_line_and_the_run_can_be_continued(tmp_path, model):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_file_larger_than_the_system_allows_is_told_as_a_full_disk(tmp_path, model, num_workers):
-    source = manifest(tmp_path, [{"path": f"{at}.wav"} for at in range(8)])
+    source = manifest(tmp_path, [{"path": f"{i}.wav"} for i in range(8)])
     words = ("--source", source, "--model", model, "--language", "mr")
     done = subprocess.run(
         command(*words, "--output_dir", tmp_path / "out", "--num_workers", num_workers),
@@ -795,8 +797,8 @@ def test_the_language_option_is_that_of_all_rows_whatever_they_say(tmp_path, mod
 
 def test_a_language_of_a_hub_dataset_may_be_a_class_label(tmp_path, model):
     audios = [
-        {"bytes": noise(tmp_path / f"{at}.wav", seed=at).read_bytes(), "path": f"{at}.wav"}
-        for at in range(2)
+        {"bytes": noise(tmp_path / f"{i}.wav", seed=i).read_bytes(), "path": f"{i}.wav"}
+        for i in range(2)
     ]
     records = {"audio": audios, "text": ["x", "y"], "language": [1, 0]}
     hub = datasets.Dataset.from_dict(records).cast_column("audio", datasets.Audio(decode=False))
@@ -820,7 +822,7 @@ def test_a_language_that_all_rows_have_and_whisper_lacks_is_refused_with_a_relat
 # ------ S3
 
 
-def test_upload_sends_everything_once_and_the_recipe_last(tmp_path, model, bucket, capsys):
+def test_upload_sends_everything_once_and_the_record_last(tmp_path, model, bucket, capsys):
     source = manifest(tmp_path, [{"path": "a.wav"}])
     run(source, model, tmp_path / "out", s3_uri="s3://speech/mr/v1")
     assert "s3://speech/mr/v1: 6 files sent, 0 were there already" in capsys.readouterr().out

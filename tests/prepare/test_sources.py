@@ -36,14 +36,14 @@ def test_a_common_voice_folder_keeps_its_splits(tmp_path):
     touch(tmp_path / "clips" / "a.mp3")
     for name in ("train", "dev", "test", "validated", "invalidated"):
         table(tmp_path / f"{name}.tsv", COMMON_VOICE_HEADER, f"s-{name}\t{name}.mp3\tनमस्ते\thi")
-    found = rows(tmp_path)
-    assert [(row.id, row.split, row.speaker) for row in found] == [
+    result = rows(tmp_path)
+    assert [(row.id, row.split, row.speaker) for row in result] == [
         ("train", "train", "s-train"),
         ("dev", "validation", "s-dev"),
         ("test", "test", "s-test"),
     ]
-    assert found[0].path == str(tmp_path / "clips" / "train.mp3")
-    assert (found[0].text, found[0].language) == ("नमस्ते", "hi")
+    assert result[0].path == str(tmp_path / "clips" / "train.mp3")
+    assert (result[0].text, result[0].language) == ("नमस्ते", "hi")
 
 
 def test_a_common_voice_folder_without_train_gives_all_validated_clips_unsplit(tmp_path):
@@ -107,18 +107,18 @@ def test_text_is_found_in_any_of_its_columns(tmp_path, column):
 def test_json_lines_give_rows_and_name_the_bad_ones(tmp_path):
     good = json.dumps({"audio": "a.wav", "text": "ठीक", "speaker": 7}, ensure_ascii=False)
     path = table(tmp_path / "m.jsonl", good, "{broken", '["list"]', '{"text": "no path"}', "")
-    found = rows(path)
-    assert [row.problem for row in found] == ["", *["malformed row"] * 3]
-    assert (found[0].text, found[0].speaker) == ("ठीक", "7")
-    assert [row.id for row in found[1:]] == ["m.jsonl:2", "m.jsonl:3", "m.jsonl:4"]
+    result = rows(path)
+    assert [row.problem for row in result] == ["", *["malformed row"] * 3]
+    assert (result[0].text, result[0].speaker) == ("ठीक", "7")
+    assert [row.id for row in result[1:]] == ["m.jsonl:2", "m.jsonl:3", "m.jsonl:4"]
 
 
 def test_rows_with_missing_cells_and_unbalanced_quotes_are_malformed_not_lost(tmp_path):
     path = table(tmp_path / "m.csv", "path,text,split", "a.wav,x", 'b.wav,"x', 'c.wav,y,"')
-    found = rows(path)
-    assert [row.problem for row in found] == ["malformed row", "malformed row"]
-    assert "2 cells under 3 columns" in found[0].detail
-    assert "over several lines" in found[1].detail or "cells" in found[1].detail
+    result = rows(path)
+    assert [row.problem for row in result] == ["malformed row", "malformed row"]
+    assert "2 cells under 3 columns" in result[0].detail
+    assert "over several lines" in result[1].detail or "cells" in result[1].detail
 
 
 def test_bytes_that_are_not_utf8_spoil_only_their_row(tmp_path):
@@ -177,13 +177,13 @@ def test_an_audiofolder_takes_splits_from_its_paths(tmp_path):
 def test_an_audiofolder_may_have_metadata_in_each_split(tmp_path):
     for split in ("train", "test", "validation"):
         table(tmp_path / split / "metadata.csv", "file_name,text", f"{split}.wav,x")
-    found = rows(tmp_path)
-    assert {row.id: row.split for row in found} == {
+    result = rows(tmp_path)
+    assert {row.id: row.split for row in result} == {
         "test": "test",
         "train": "train",
         "validation": "validation",
     }
-    assert found[0].path == str(tmp_path / "test" / "test.wav")
+    assert result[0].path == str(tmp_path / "test" / "test.wav")
 
 
 def test_folders_below_the_first_level_tell_their_split_too(tmp_path):
@@ -284,8 +284,8 @@ def hub_folder(tmp_path_factory):
     (folder / "tone.wav").unlink()
     for split, count in (("train", 3), ("test", 1)):
         records = {
-            "audio": [{"bytes": audio, "path": f"{split}{at}.wav"} for at in range(count)],
-            "transcription": [f"text {at}" for at in range(count)],
+            "audio": [{"bytes": audio, "path": f"{split}{i}.wav"} for i in range(count)],
+            "transcription": [f"text {i}" for i in range(count)],
             "language": ["Marathi"] * count,
             "speaker_id": list(range(count)),
         }
@@ -296,15 +296,15 @@ def hub_folder(tmp_path_factory):
 
 
 def test_a_hub_dataset_is_streamed_with_its_splits(hub_folder):
-    found = rows(f"hub:{hub_folder}")
-    assert [(row.id, row.split, row.speaker) for row in found] == [
+    result = rows(f"hub:{hub_folder}")
+    assert [(row.id, row.split, row.speaker) for row in result] == [
         ("train0", "train", "0"),
         ("train1", "train", "1"),
         ("train2", "train", "2"),
         ("test0", "test", "0"),
     ]
-    assert found[0].audio[:4] == b"RIFF" and not found[0].problem
-    assert (found[0].text, found[0].language) == ("text 0", "Marathi")
+    assert result[0].audio[:4] == b"RIFF" and not result[0].problem
+    assert (result[0].text, result[0].language) == ("text 0", "Marathi")
 
 
 @pytest.mark.parametrize(
@@ -328,9 +328,9 @@ def test_a_hub_dataset_that_cannot_be_reached_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="--source hub:nobody/nothing:mr_in cannot be") as caught:
+    with pytest.raises(UserError, match="--source hub:nobody/nothing:mr_in cannot be") as error:
         rows("hub:nobody/nothing:mr_in")
-    assert "\n" not in str(caught.value) and "check its name" in str(caught.value)
+    assert "\n" not in str(error.value) and "check its name" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def parquet(folder, records):
     return f"hub:{folder}"
 
 
-SAMPLES = [round(0.3 * float(np.sin(at / 5)), 4) for at in range(4_000)]
+SAMPLES = [round(0.3 * float(np.sin(i / 5)), 4) for i in range(4_000)]
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ SAMPLES = [round(0.3 * float(np.sin(at / 5)), 4) for at in range(4_000)]
     [
         ({"array": SAMPLES, "path": "a.wav", "sampling_rate": 8_000}, 1),
         ({"array": [SAMPLES, SAMPLES], "path": "a.wav", "sampling_rate": 8_000}, 2),
-        ({"array": [round(32_768 * one) for one in SAMPLES], "sampling_rate": 8_000}, 1),
+        ({"array": [round(32_768 * sample) for sample in SAMPLES], "sampling_rate": 8_000}, 1),
     ],
 )
 def test_arrays_of_samples_are_read_at_their_rate(tmp_path, audio, channels):
@@ -396,9 +396,9 @@ def test_paths_in_local_parquet_are_relative_to_its_folder(tmp_path, place, is_t
     audios = ["clips/a.wav", "../b.wav", str(path)]
     if not is_text:
         audios = [{"path": name, "bytes": None} for name in audios]
-    found = rows(parquet(tmp_path, {"audio": audios, "text": ["x", "y", "z"]}))
-    assert [row.problem for row in found] == ["", reasons.OUTSIDE_SOURCE, ""]
-    assert found[0].path == found[2].path == str(path)
+    result = rows(parquet(tmp_path, {"audio": audios, "text": ["x", "y", "z"]}))
+    assert [row.problem for row in result] == ["", reasons.OUTSIDE_SOURCE, ""]
+    assert result[0].path == result[2].path == str(path)
 
 
 def test_a_folder_that_save_to_disk_wrote_is_a_source(tmp_path):
@@ -411,9 +411,9 @@ def test_a_folder_that_save_to_disk_wrote_is_a_source(tmp_path):
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "two")
     for name in ("one", "two"):
         for prefix in ("", "hub:"):
-            found = rows(f"{prefix}{tmp_path / name}")
+            result = rows(f"{prefix}{tmp_path / name}")
             splits = {"one": ["train"], "two": ["train", "test"]}[name]
-            assert [(row.id, row.split, row.audio[:4]) for row in found] == [
+            assert [(row.id, row.split, row.audio[:4]) for row in result] == [
                 ("a", split, b"RIFF") for split in splits
             ]
 

@@ -76,8 +76,8 @@ def au_that_says(size):
 
 def xing_that_says(frames):
     data = encoded(noise(2), format="MP3", bitrate_mode="VARIABLE")
-    at = data.index(b"Xing") + 8
-    return data[:at] + struct.pack(">I", frames) + data[at + 4 :]
+    start = data.index(b"Xing") + 8
+    return data[:start] + struct.pack(">I", frames) + data[start + 4 :]
 
 
 MP3 = [encoded(noise(2, seed), format="MP3", bitrate_mode="VARIABLE") for seed in (1, 2)]
@@ -131,17 +131,17 @@ def test_a_file_is_read_to_the_end_of_its_bytes_whatever_its_header_says(tmp_pat
     (tmp_path / "a").write_bytes(data)
     for source in (tmp_path / "a", io.BytesIO(data)):
         for limit in (None, 30.0):
-            found = len(read_audio(source, max_seconds=limit)) / SAMPLE_RATE
+            decoded = len(read_audio(source, max_seconds=limit)) / SAMPLE_RATE
             # Without a header that says so, an mp3 encoder's delay and padding are not cut.
-            assert abs(found - seconds) < 0.13, f"{found} s of {seconds} s"
+            assert abs(decoded - seconds) < 0.13, f"{decoded} s of {seconds} s"
 
 
 @pytest.mark.parametrize("name", ["joined mp3", "chained vorbis", "chained opus", "joined flac"])
 def test_what_is_joined_has_the_length_that_ffmpeg_decodes(name):
     data, seconds = LONGER[name]
-    found, expected = len(read_audio(io.BytesIO(data))) / SAMPLE_RATE, ffmpeg_seconds(data)
+    decoded, expected = len(read_audio(io.BytesIO(data))) / SAMPLE_RATE, ffmpeg_seconds(data)
     # FFmpeg leaves the padding of a second mp3 in, and half a block of a second vorbis stream.
-    assert -1e-6 < expected - found < 0.15 and abs(found - seconds) < 0.01, (found, expected)
+    assert -1e-6 < expected - decoded < 0.15 and abs(decoded - seconds) < 0.01, (decoded, expected)
 
 
 @pytest.mark.parametrize("is_loud_first", [True, False])
@@ -153,9 +153,9 @@ def test_an_mp3_of_variable_bitrate_without_a_length_is_read_as_ffmpeg_reads_it(
         assert abs(file.frames / RATE - 9) > 3, "libsndfile's estimate is right: nothing is tested"
     with av.open(io.BytesIO(data)) as container:
         frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
-    found, expected = read_audio(io.BytesIO(data), max_seconds=30.0), np.concatenate(frames)
-    assert len(found) == len(expected) > 9 * RATE
-    assert np.abs(found - expected).max() < 1e-4
+    decoded, expected = read_audio(io.BytesIO(data), max_seconds=30.0), np.concatenate(frames)
+    assert len(decoded) == len(expected) > 9 * RATE
+    assert np.abs(decoded - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", [name for name in LONGER if "mp3" in name or "wav" in name])
@@ -172,8 +172,8 @@ def test_a_part_of_such_a_file_is_read_at_its_place(name):
 
 
 def test_the_joined_streams_follow_each_other_without_a_gap():
-    found = read_audio(io.BytesIO(FLAC[0] + FLAC[1]))
-    assert np.abs(found - np.concatenate([noise(2, 1), noise(2, 2)])).max() < 1e-4
+    decoded = read_audio(io.BytesIO(FLAC[0] + FLAC[1]))
+    assert np.abs(decoded - np.concatenate([noise(2, 1), noise(2, 2)])).max() < 1e-4
 
 
 ORDINARY = {

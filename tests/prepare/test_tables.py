@@ -43,7 +43,7 @@ def test_what_csv_writers_write_is_read_back(tmp_path, quoting, suffix, separato
     with (tmp_path / f"m.{suffix}").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=separator, quoting=quoting)
         writer.writerow(["path", "sentence", "split"])
-        writer.writerows([f"{at}.wav", text, "train"] for at, text in enumerate(written))
+        writer.writerows([f"{i}.wav", text, "train"] for i, text in enumerate(written))
     with (tmp_path / f"m.{suffix}").open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter=separator)
         assert [record["sentence"] for record in reader] == written
@@ -53,7 +53,7 @@ def test_what_csv_writers_write_is_read_back(tmp_path, quoting, suffix, separato
 def test_what_pandas_writes_as_tsv_is_read_back(tmp_path):
     pandas = pytest.importorskip("pandas")
     written = [QUOTED, '"', '""', 'a " b', "plain"]
-    table = pandas.DataFrame({"path": [f"{at}.wav" for at in range(5)], "text": written})
+    table = pandas.DataFrame({"path": [f"{i}.wav" for i in range(5)], "text": written})
     table.to_csv(tmp_path / "m.tsv", sep="\t", index=False)
     assert texts(tmp_path / "m.tsv") == written
     table.to_csv(tmp_path / "index.tsv", sep="\t")
@@ -62,8 +62,8 @@ def test_what_pandas_writes_as_tsv_is_read_back(tmp_path):
 
 def test_a_quoted_cell_of_several_lines_is_malformed_not_half_a_text(tmp_path):
     content = 'path\ttext\na.wav\t"one\ntwo"\nb.wav\tthree\nc.wav\t"four\nd.wav\tfive\n'
-    found = rows(write(tmp_path / "m.tsv", content))
-    assert [row.problem or row.text for row in found] == [
+    result = rows(write(tmp_path / "m.tsv", content))
+    assert [row.problem or row.text for row in result] == [
         *["malformed row"] * 2,
         "three",
         '"four',
@@ -134,8 +134,8 @@ COLUMNS = {"audio": ["a.wav", "b.wav"], "text": ["one", "two"]}
 )
 @pytest.mark.parametrize("suffix", ["json", "JSON", "jsonl", "JSONL"])
 def test_json_of_any_shape_gives_the_same_rows(tmp_path, content, suffix):
-    found = rows(write(tmp_path / f"m.{suffix}", content))
-    assert [(row.text, row.path) for row in found] == [
+    result = rows(write(tmp_path / f"m.{suffix}", content))
+    assert [(row.text, row.path) for row in result] == [
         ("one", str(tmp_path / "a.wav")),
         ("two", str(tmp_path / "b.wav")),
     ]
