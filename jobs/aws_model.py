@@ -11,6 +11,8 @@ from typing import Any
 
 import regex  # the patterns use Java's \p{L}, which `re` lacks
 
+from jobs.request import shown
+
 TYPES = {
     "string": str, "boolean": bool, "integer": int, "long": int, "float": float, "double": float,
     "list": list, "map": dict, "structure": dict,
@@ -64,19 +66,19 @@ def _walk(shape: Any, value: Any, path: str, options: Mapping[str, str]) -> Iter
 
 
 def _broken_limits(shape: Any, value: Any) -> Iterator[str]:
-    limits, shown = shape.metadata, str(value)[:60]
+    limits, text = shape.metadata, shown(value)
     if "enum" in limits and value not in limits["enum"]:
-        yield f"{shown}: AWS knows no such value{_closest(value, limits['enum'])}"
+        yield f"{text}: AWS knows no such value{_closest(value, limits['enum'])}"
     if "pattern" in limits and not regex.fullmatch(limits["pattern"], value):
-        yield f"{shown!r}: does not match {limits['pattern']}"
+        yield f"{text!r}: does not match {limits['pattern']}"
     if shape.type_name in ("structure", "boolean"):
         return
     is_number = shape.type_name in ("integer", "long", "float", "double")
     size, unit = (value, "") if is_number else (len(value), _unit(shape.type_name))
     if "min" in limits and size < limits["min"]:
-        yield f"{shown}: {size}{unit}, AWS wants at least {limits['min']}"
+        yield f"{text}: {size}{unit}, AWS wants at least {limits['min']}"
     if "max" in limits and size > limits["max"]:
-        yield f"{shown}: {size}{unit}, AWS takes at most {limits['max']}"
+        yield f"{text}: {size}{unit}, AWS takes at most {limits['max']}"
 
 
 def _unit(type_name: str) -> str:

@@ -111,15 +111,22 @@ class Prepare(Job):
 # ------ what options mean
 
 
+def shown(value: Any) -> str:
+    """A value as an error quotes it: its beginning, in one line."""
+    return " ".join(str(value).split())[:60]
+
+
 def pairs(text: str, option: str) -> dict[str, str]:
     """`NAME=VALUE,NAME=VALUE` as a dictionary."""
     values: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals or not name:
-            raise UserError(f"{option} {text}: {part!r} is not NAME=VALUE: write NAME=VALUE,...")
+            raise UserError(
+                f"{option} {shown(text)}: {part!r} is not NAME=VALUE: write NAME=VALUE,..."
+            )
         if name in values:
-            raise UserError(f"{option} {text}: {name} is given twice: keep one")
+            raise UserError(f"{option} {shown(text)}: {shown(name)} is given twice: keep one")
         values[name] = value
     return values
 
@@ -177,13 +184,13 @@ def sweep(text: str, prefix: str) -> list[dict[str, str]]:
         name, equals, values = part.strip().partition("=")
         if not name.startswith(f"{prefix}.") or not equals or not all(values.split(",")):
             raise UserError(
-                f"--sweep {text}: {part!r} is not {prefix}.KEY=VALUE,VALUE: write "
+                f"--sweep {shown(text)}: {part!r} is not {prefix}.KEY=VALUE,VALUE: write "
                 f'"{prefix}.KEY=A,B;{prefix}.KEY=C,D"'
             )
         choices.append([(name[len(prefix) + 1 :], value) for value in values.split(",")])
     keys = [options[0][0] for options in choices]
     if len(keys) != len(set(keys)):
-        raise UserError(f"--sweep {text}: an option is given twice: keep one")
+        raise UserError(f"--sweep {shown(text)}: an option is given twice: keep one")
     return [dict(combination) for combination in itertools.product(*choices)]
 
 
@@ -206,9 +213,13 @@ def parse_request(text: str) -> dict[str, Any]:
     try:
         added = json.loads(text or "{}")
     except ValueError as error:
-        raise UserError(f"--request {text}: is not JSON ({error}): write '{{...}}'") from error
+        raise UserError(
+            f"--request {shown(text)}: is not JSON ({error}): write '{{...}}'"
+        ) from error
     if not isinstance(added, dict):
-        raise UserError(f"--request {text}: is not a JSON object: write '{{\"MEMBER\": ...}}'")
+        raise UserError(
+            f"--request {shown(text)}: is not a JSON object: write '{{\"MEMBER\": ...}}'"
+        )
     return added
 
 

@@ -122,12 +122,19 @@ def test_the_job_sets_the_folders_of_its_channels_and_results(tmp_path):
     }
 
 
-def test_the_entry_starts_without_heavy_libraries():
+@pytest.mark.parametrize("program", ["jobs.entry", "sagemaker_launch"])
+def test_entry_and_launcher_start_without_heavy_libraries(program):
     heavy = "{'boto3', 'botocore', 'numpy', 'pandas', 'pyarrow', 'torch', 'transformers'}"
-    show = f"import sys, jobs.entry; sys.exit(' '.join({heavy} & sys.modules.keys()))"
+    show = f"import sys, {program}; sys.exit(' '.join({heavy} & sys.modules.keys()))"
     words = [sys.executable, "-c", show]
     done = subprocess.run(words, cwd=launch.ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == ""
+
+
+def test_clients_of_aws_are_made_in_one_place():
+    files = [launch.ROOT / "sagemaker_launch.py", *(launch.ROOT / "jobs").glob("*.py")]
+    for file in files:
+        assert not re.search(r"(import|from) boto3", file.read_text(encoding="utf-8")), file
 
 
 def test_a_dataset_is_prepared_on_one_node():

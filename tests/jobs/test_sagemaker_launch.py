@@ -463,6 +463,27 @@ def test_an_input_that_is_not_in_s3_takes_the_place_of_the_channel(aws, capsys):
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"request": "{\n1"},
+        {"request": "[\n1]"},
+        {"request": '{"OutputDataConfig": {"CompressionType": "a\\nb"}}'},
+        {"tags": "a=1,\nb"},
+        {"tags": "a=1,a=1,\nb=1"},
+        {"tags": "a=x\ny?"},
+        {"sweep": "train.lora_rank\n"},
+        {"sweep": "train.lora_rank=1;\ntrain.lora_rank=2"},
+        {"environment": "a\nb=1"},
+        {"instance_type": "ml.g5\n.xlarge"},
+    ],
+)
+def test_a_value_of_several_lines_is_quoted_in_one(wrong):
+    with pytest.raises(cli.UserError) as error:
+        call("train", **TRAIN | wrong, dry_run="true")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "--request {: is not JSON"),
