@@ -17,7 +17,7 @@ from test_house import ROOMS
 
 import sagemaker_launch
 from common import cli
-from docs import options
+from docs import curve, options
 
 ROOT = launch.ROOT
 PAGES = [
@@ -185,6 +185,14 @@ def test_every_script_and_every_command_of_the_launcher_is_shown():
         assert f"{script} --" in TEXTS["README.md"]
     commands = set(re.findall(r"sagemaker_launch\.py (\w+)", shown))
     assert commands == set(sagemaker_launch.COMMANDS)
+
+
+def test_the_curves_of_a_run_are_drawn(tmp_path):
+    records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    picture = tmp_path / "run.png"
+    curve.main(curve.Config(metrics=str(tmp_path / "metrics.jsonl"), output=str(picture)))
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 # ------ tables
