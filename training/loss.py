@@ -1,8 +1,12 @@
 """The training loss: from a batch's waves and labels to the cross entropy summed over its tokens.
 
 A batch's logits are the largest tensor of a Whisper step: 52,000 numbers a token. Here they are
-computed a few rows at a time, for rows that have a label, and their gradient with them. On a CPU,
-summed in full, torch's `cross_entropy` needs two copies of all logits, in float32.
+computed a few rows at a time, for rows that have a label, and their gradient with them.
+
+Why not torch's own functions: for 1,024 label tokens of whisper-base on a CPU `cross_entropy` takes
+530 MiB in float32 where this takes 20, in the same time. `linear_cross_entropy` of torch 2.13 in
+pieces of as many rows is 1.3 times as slow, 5 times with the sizes it chooses itself, and returns
+the sum in bfloat16 where the weight is: 11,264 for 11,225.
 
 Legend: B batch, T label tokens of a clip, N label tokens of a batch, n of them at once, D width,
 V vocabulary.
