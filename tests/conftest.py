@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+# DeepSpeed compiles an extension, against this checkout's torch, when it is first used.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".pytest_cache" / "torch_extensions"))
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 collect_ignore = ["simulated_cuda/run.py"]  # a program, which must come before torch
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +33,8 @@ def command(
 def start(words: list[str], **options: Any) -> subprocess.Popen:
     """Start a command from the project's folder, one thread a process, output kept."""
     keep = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=ROOT, **{"env": environment()} | keep | options)
+    begin = subprocess.Popen if torch.cuda.is_available() else warm.start  # CUDA does not fork
+    return begin(words, **{"cwd": ROOT, "env": environment()} | keep | options)
 
 
 def environment() -> dict[str, str]:
@@ -50,10 +53,9 @@ def run(
 
 def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
     """The training processes under `accelerate launch`, not those that read audio for them."""
-    return sorted(
-        (child for child in psutil.Process(launcher.pid).children()),
-        key=lambda child: int(child.environ().get("RANK", "0")),
-    )
+    children = psutil.Process(launcher.pid).children()
+    started = [child for child in children if child.name() != warm.SERVER]
+    return sorted(started, key=lambda child: child.pid)
 
 
 def descendants(process: subprocess.Popen) -> list[psutil.Process]:

@@ -106,9 +106,10 @@ def test_a_machine_that_never_comes_is_waited_for_as_long_as_asked(options):
     words[port:port] = ["--num_machines", "2", "--machine_rank", "0", "--same_network"]
     words[port:port] = ["--main_process_ip", "127.0.0.1", "--rdzv_conf", "timeout=5"]
     words[words.index("--main_process_port") + 1] = str(launch.free_port())
-    done = subprocess.run(words, cwd=launch.ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode
-    assert "Timed out after" in done.stderr and "1/2 clients joined" in done.stderr, done.stderr
+    launcher = launch.start(words)
+    _, err = launcher.communicate(timeout=240)
+    assert launcher.returncode
+    assert "Timed out after" in err and "1/2 clients joined" in err, err
     assert not Path(options["output_dir"]).exists()
 
 

@@ -5,9 +5,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import launch
 import numpy as np
@@ -384,12 +381,9 @@ def test_a_killed_run_ends_with_the_same_losses_and_the_same_adapter(options, tm
     whole = options | {"max_steps": 40, "log_every": 3, "eval_every": 10, "save_every": 7}
     train(whole)
     cut = whole | {"output_dir": str(tmp_path / "cut")}
-    words = [word for key, value in cut.items() for word in (f"--{key}", str(value))]
-    process = subprocess.Popen([sys.executable, "train_lora.py", *words], cwd=launch.ROOT)
+    process = launch.start(launch.command("train_lora.py", cut))
     checkpoints = launch.Path(cut["output_dir"]) / "checkpoints"
-    deadline = time.monotonic() + 300
-    while not list(checkpoints.glob("step-*/state.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    launch.wait_for(lambda: list(checkpoints.glob("step-*/state.json")), process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
 

@@ -1,0 +1,225 @@
+"""Start the project's scripts without their imports, which take longer than most tests.
+
+A server, a process of its own, imports what the scripts import; what it forks carries on as the
+script: a child of the process that asked for it, with its own arguments, environment, folder,
+output, process group and network, ended by the interpreter as usual. `accelerate launch` starts
+its processes the same way. They share the seed of `hash`; the container's tests start Python anew.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import gc
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = "fork server"  # its name among processes
+LAUNCHER = "accelerate.commands.launch"
+IMPORTS = (
+    LAUNCHER, "torch.distributed.run", "deepspeed", "train_lora", "eval_wer",
+    "preprocess",
+)  # fmt: skip
+# Read while modules are imported: a command that changes one of them starts Python anew. What
+# chooses a GPU is not among them: with one, nothing is forked.
+READ_BY_IMPORTS = (
+    "BNB_", "HF_", "HOME", "LANG", "LC_", "LD_", "OMP_", "PATH", "PYTHON", "TORCH_",
+    "TRANSFORMERS_", "XDG_",
+)  # fmt: skip
+MESSAGE_BYTES = 1 << 20
+NETWORK = ["ip", "netns", "exec"]  # and a name, before a command
+CLONE_NEWNET = 0x4000_0000  # linux/sched.h
+PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36  # linux/prctl.h
+
+
+def call_libc(name: str, *arguments: Any) -> None:
+    """Call a function of the C library that returns 0, or fails."""
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
+        raise OSError(ctypes.get_errno(), name)
+
+
+def read_by_imports(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_BY_IMPORTS)}
+
+
+# ------ in the process that starts commands
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen` of `[python, script or -m module, ...]` that a server forks."""
+
+    def __init__(self, args: Any, *, channel: socket.socket, **options: Any) -> None:
+        self._channel = channel
+        super().__init__(args, **options)
+
+    def _execute_child(self, *given: Any) -> None:  # with the pipes made
+        call = inspect.signature(super()._execute_child).bind(*given).arguments
+        pipes = [call[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        files = [number if pipe == -1 else pipe for number, pipe in enumerate(pipes)]
+        words, network = [str(word) for word in call["args"]], None
+        if words[:3] == NETWORK:
+            network, words = words[3], words[4:]
+        request = {
+            "words": words[1:],
+            "network": network,
+            "environment": dict(os.environ if call["env"] is None else call["env"]),
+            "folder": str(call["cwd"] or Path.cwd()),
+            "new_session": call["start_new_session"],
+        }
+        # An orphan of the server becomes a child of this process.
+        call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        socket.send_fds(self._channel, [json.dumps(request).encode()], files)
+        pid = self._channel.recv(MESSAGE_BYTES)
+        call_libc("prctl", PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        if not pid:
+            raise RuntimeError("the fork server has ended")
+        self.pid, self._child_created = int(pid), True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(call[name] for name in ends))
+
+
+@functools.cache
+def server() -> tuple[socket.socket, dict[str, str]]:
+    """Start this process's server; the channel to it, and the environment of its imports."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(Path(__file__)), str(theirs.fileno())]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    subprocess.Popen(words, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], **quiet)
+    theirs.close()
+    if ours.recv(MESSAGE_BYTES) != b"ready":
+        raise RuntimeError("the fork server cannot import the scripts")
+    return ours, environment
+
+
+def start(words: list[str], **options: Any) -> subprocess.Popen:
+    """`subprocess.Popen(words, **options)`, forked where that is the same."""
+    python = words[4:] if words[:3] == NETWORK else words
+    if sys.platform != "linux" or python[0] != sys.executable or python[1] == "-c":
+        return subprocess.Popen(words, **options)
+    channel, environment = server()
+    if read_by_imports(options["env"]) != read_by_imports(environment):
+        return subprocess.Popen(words, **options)
+    return Popen(words, channel=channel, **options)
+
+
+# ------ in the server and what it forks
+
+
+def load_deepspeeds_extension() -> None:
+    """Compile it, the first time, for all processes to come.
+
+    One that is killed while it compiles leaves a lock for which all others wait without end.
+    """
+    from deepspeed.comm.torch import build_shm_op
+
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tests.lock").open("w") as file, contextlib.suppress(RuntimeError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "deepspeed_shm_comm" / "lock").unlink(missing_ok=True)
+        build_shm_op()
+
+
+def serve(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Fork for each request; returns, in the process that is to carry it out, it and its files."""
+    call_libc("prctl", PR_SET_NAME, SERVER.encode())
+    while True:
+        content, files, *_ = socket.recv_fds(channel, MESSAGE_BYTES, 3)
+        if not content:
+            os._exit(0)
+        if not (parent := os.fork()):
+            parent = os.getpid()
+            if not os.fork():
+                break
+            os._exit(0)  # leaves an orphan
+        os.waitpid(parent, 0)
+        for file in files:
+            os.close(file)
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    channel.send(str(os.getpid()).encode())
+    channel.close()
+    call_libc("prctl", PR_SET_NAME, b"python")
+    return json.loads(content), files
+
+
+def become(request: dict[str, Any], files: list[int]) -> list[str]:
+    """Take over what the request gives a process; its command, without Python."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    if request["new_session"]:
+        os.setsid()
+    if request["network"]:
+        with Path("/var/run/netns", request["network"]).open() as namespace:
+            call_libc("setns", namespace.fileno(), CLONE_NEWNET)
+    os.chdir(request["folder"])
+    for name in os.environ.keys() - SET_BY_IMPORTS:
+        del os.environ[name]
+    os.environ.update(request["environment"])
+    words = request["words"]
+    if words[0] == "-u":
+        sys.stdout.reconfigure(write_through=True)
+        del words[0]
+    return words
+
+
+def fork_a_server() -> socket.socket | None:
+    """Have torch's launcher, in this process, fork what it starts; the child gets its channel."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        theirs.close()
+        subprocess_handler.Popen = functools.partial(Popen, channel=ours)
+        return None
+    ours.close()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(nothing, number)
+    os.close(nothing)
+    return theirs
+
+
+def run(words: list[str]) -> None:
+    """Run `script ...` or `-m module ...` as this process's `__main__`."""
+    main = types.ModuleType("__main__")
+    if words[0] == "-m":
+        words = words[1:]
+        main.__spec__ = importlib.util.find_spec(words[0])
+        code = main.__spec__.loader.get_code(words[0])
+        main.__file__, sys.path[0] = main.__spec__.origin, str(Path.cwd())
+    else:
+        code = compile(Path(words[0]).read_bytes(), words[0], "exec")
+        main.__file__, sys.path[0] = words[0], str(Path(words[0]).resolve().parent)
+    sys.argv = [main.__file__, *words[1:]]
+    sys.modules["warm"], sys.modules["__main__"] = sys.modules["__main__"], main
+    exec(code, main.__dict__)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    before = dict(os.environ)
+    for name in IMPORTS:
+        importlib.import_module(name)
+    load_deepspeeds_extension()
+    SET_BY_IMPORTS = {name for name in os.environ if os.environ[name] != before.get(name)}
+    gc.freeze()
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    requests.send(b"ready")
+    command = become(*serve(requests))
+    if command[:2] == ["-m", LAUNCHER] and (requests := fork_a_server()):
+        command = become(*serve(requests))
+    run(command)
