@@ -21,7 +21,7 @@ demo: .venv/.ready
 	@echo "adapter $(DEMO)/run/adapter, curves: $(RUN)/tensorboard --logdir $(DEMO)/run/tensorboard"
 
 test: .venv/.ready
-	$(RUN)/python -m pytest -n auto --durations 5
+	$(RUN)/python -m pytest -n auto --dist worksteal --durations 5
 
 lint: .venv/.ready
 	$(RUN)/ruff check .
