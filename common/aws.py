@@ -48,8 +48,13 @@ def client(service: str, region: str) -> Any:
 
 
 @contextmanager
-def explain_errors(what: str) -> Iterator[None]:
-    """Turn errors of AWS's libraries into a UserError about `what`: an option and its value."""
+def explain_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn errors of AWS's libraries into a UserError.
+
+    Args:
+        what: an option and its value, with which the message begins.
+        remedy: with which it ends.
+    """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
@@ -60,7 +65,8 @@ def explain_errors(what: str) -> Iterator[None]:
             f"{what}: no AWS credentials found: set AWS_PROFILE or run `aws configure`"
         ) from error
     except (BotoCoreError, Boto3Error, ClientError) as error:
-        raise UserError(f"{what}: AWS answers: {first_line(error)}") from error
+        ending = f": {remedy}" if remedy else ""
+        raise UserError(f"{what}: AWS answers: {first_line(error)}{ending}") from error
 
 
 def uri_problem(s3_uri: str) -> str:

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import aws
-from common.aws import split_uri, uri_problem
-from common.cli import UserError, first_line
+from common.aws import client, explain_errors, session, split_uri, uri_problem
+from common.cli import UserError
 
 
 def check(s3_uri: str) -> None:
@@ -17,16 +16,14 @@ def check(s3_uri: str) -> None:
     Raises:
         UserError: not an S3 URI, no credentials, no such bucket, or no connection.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import ClientError
 
-    bucket, _ = _bucket_and_prefix(s3_uri)
-    try:
-        _client(s3_uri).head_bucket(Bucket=bucket)
-    except ClientError as error:
-        if error.response["Error"]["Code"] not in ("403", "AccessDenied"):  # may still allow puts
-            raise _s3_error(s3_uri, error) from error
-    except BotoCoreError as error:
-        raise _s3_error(s3_uri, error) from error
+    with _opened(s3_uri) as (s3, bucket, _):
+        try:
+            s3.head_bucket(Bucket=bucket)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("403", "AccessDenied"):  # may allow puts
+                raise
 
 
 def send_folder(folder: Path, s3_uri: str, *, last: str) -> tuple[int, int]:
@@ -49,45 +46,28 @@ def send_folder(folder: Path, s3_uri: str, *, last: str) -> tuple[int, int]:
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files.sort(key=lambda path: path == folder / last)
-    with _opened(s3_uri) as (client, bucket, prefix):
+    with _opened(s3_uri) as (s3, bucket, prefix):
         keys = {path: prefix + path.relative_to(folder).as_posix() for path in files}
-        _refuse_other_dataset(client, bucket, keys[files[-1]], files[-1], s3_uri)
-        sent = sum(_upload_file(client, bucket, keys[path], path) for path in files)
+        _refuse_other_dataset(s3, bucket, keys[files[-1]], files[-1], s3_uri)
+        sent = sum(_upload_file(s3, bucket, keys[path], path) for path in files)
     return sent, len(files) - sent
 
 
 @contextmanager
 def _opened(s3_uri: str) -> Iterator[tuple[Any, str, str]]:
     """Yield a client, the bucket and the prefix; an error of S3 becomes a UserError."""
-    from boto3.exceptions import S3UploadFailedError
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    bucket, prefix = _bucket_and_prefix(s3_uri)
-    try:
-        yield _client(s3_uri), bucket, prefix
-    except (BotoCoreError, ClientError, S3UploadFailedError) as error:
-        raise _s3_error(s3_uri, error) from error
-
-
-def _bucket_and_prefix(s3_uri: str) -> tuple[str, str]:
     problem = uri_problem(s3_uri)
     if problem:
         raise UserError(f"--s3_uri {s3_uri} {problem}")
     bucket, prefix = split_uri(s3_uri)
-    return bucket, f"{prefix}/" if prefix else ""
+    remedy = "check the bucket, credentials and network, then run again"
+    with explain_errors(f"--s3_uri {s3_uri}", remedy):
+        s3 = client("s3", session().region_name or "us-east-1")  # any region finds a bucket
+        yield s3, bucket, f"{prefix}/" if prefix else ""
 
 
-def _client(s3_uri: str) -> Any:
-    settings = aws.session()
-    if settings.get_credentials() is None:
-        raise UserError(
-            f"--s3_uri {s3_uri}: no AWS credentials found: set AWS_PROFILE or run `aws configure`"
-        )
-    return settings.client("s3", region_name=settings.region_name or "us-east-1")
-
-
-def _refuse_other_dataset(client: Any, bucket: str, key: str, record: Path, s3_uri: str) -> None:
-    stored = _stored(client, bucket, key)
+def _refuse_other_dataset(s3: Any, bucket: str, key: str, record: Path, s3_uri: str) -> None:
+    stored = _stored(s3, bucket, key)
     if stored is None or stored == _size_and_sha256(record):
         return
     raise UserError(
@@ -96,24 +76,24 @@ def _refuse_other_dataset(client: Any, bucket: str, key: str, record: Path, s3_u
     )
 
 
-def _upload_file(client: Any, bucket: str, key: str, path: Path) -> bool:
+def _upload_file(s3: Any, bucket: str, key: str, path: Path) -> bool:
     """Upload a file unless S3 has it already; returns whether it was sent."""
     from boto3.s3.transfer import TransferConfig
 
     size, sha256 = _size_and_sha256(path)
-    if _stored(client, bucket, key) == (size, sha256):
+    if _stored(s3, bucket, key) == (size, sha256):
         return False
     extra = {"Metadata": {"sha256": sha256}, "ChecksumAlgorithm": "SHA256"}
-    client.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=TransferConfig())
+    s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=TransferConfig())
     return True
 
 
-def _stored(client: Any, bucket: str, key: str) -> tuple[int, str] | None:
+def _stored(s3: Any, bucket: str, key: str) -> tuple[int, str] | None:
     """Size of an object, and the sha256 that `_upload_file` stored with it; `None` without one."""
     from botocore.exceptions import ClientError
 
     try:
-        head = client.head_object(Bucket=bucket, Key=key)
+        head = s3.head_object(Bucket=bucket, Key=key)
     except ClientError as error:
         if error.response["Error"]["Code"] in ("404", "403", "NoSuchKey"):  # 403: may not list
             return None
@@ -124,10 +104,3 @@ def _stored(client: Any, bucket: str, key: str) -> tuple[int, str] | None:
 def _size_and_sha256(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _s3_error(s3_uri: str, error: Exception) -> UserError:
-    return UserError(
-        f"--s3_uri {s3_uri} cannot be written ({first_line(error)}): check the bucket, credentials "
-        "and network, then run again"
-    )

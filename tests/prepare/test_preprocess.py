@@ -860,7 +860,7 @@ def test_upload_does_not_mix_two_datasets(tmp_path, model, bucket):
 
 def test_a_missing_bucket_is_found_before_the_work_starts(tmp_path, model, bucket):
     source = manifest(tmp_path, [{"path": "a.wav"}])
-    with pytest.raises(UserError, match=r"--s3_uri s3://nobucket/x cannot be written .*check the"):
+    with pytest.raises(UserError, match=r"--s3_uri s3://nobucket/x: .*Not Found: check the bucket"):
         run(source, model, tmp_path / "out", s3_uri="s3://nobucket/x")
     assert not (tmp_path / "out").exists()
 
