@@ -20,6 +20,8 @@ CANNOT_SEEK = 39  # libsndfile's SFE_BAD_SEEK: soundfile seeks to the end of a s
 BLOCK = 1 << 20  # frames that are decoded at once, to count them
 ENDLESS = 1 << 40  # bytes, more than any file has
 PADDING_FRAMES = 4  # mp3 frames, at the start and the end, that a header does not count
+LAST_FRAMES = 2  # of them, at the end
+MP3_FRAME_BYTES = 1441  # the longest: 320 kbit/s at 32 kHz
 NO_LENGTH = (1 << 63) - 1  # libsndfile's number of frames of a FLAC stream that names none
 UNKNOWN_SIZE = 0xFFFFFFFF
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # metadata behind the audio
@@ -77,8 +79,18 @@ def has_more(data: bytes | mmap.mmap, container: str, position: int) -> bool:
         return not _wav_chunks(data)[2] or bool(BEGINS["WAV"].search(data, position))
     if container not in REPAIRS:  # some have titles and pictures behind the audio
         return position < len(data) // 2
+    if BEGINS["MP3"].search(data, position):
+        return True
     is_tag = data[position : position + 16].startswith(TAGS)
-    return not is_tag or bool(BEGINS["MP3"].search(data, position))
+    return not is_tag and not _is_padding(data, position)
+
+
+def _is_padding(data: bytes | mmap.mmap, position: int) -> bool:
+    """Whether the rest of an mp3 is padding that its header, which counts frames, leaves out."""
+    if len(data) - position > LAST_FRAMES * MP3_FRAME_BYTES:
+        return False
+    header = BEGINS["MP3"].search(data)
+    return bool(header) and data[position:].count(header[0][:2]) <= LAST_FRAMES
 
 
 def repair(data: bytes, container: str) -> list[tuple[io.BytesIO, int]]:

@@ -237,3 +237,21 @@ def test_streams_that_begin_together_in_an_ogg_file_are_one():
     both = VORBIS[0][:page_end] + OPUS[0][: streams._page_end(OPUS[0], 0)] + VORBIS[0][page_end:]
     assert streams._later_starts(both, "OGG") == []
     assert streams._later_starts(both + VORBIS[1], "OGG") == [len(both)]
+
+
+def test_an_mp3_that_ends_with_a_frame_of_padding_is_read_once_and_in_silence(
+    tmp_path, monkeypatch, capfd
+):
+    """The decoder stops before it: its header does not count it. mpg123 would warn of a repair."""
+    path, padded, repaired = tmp_path / "clip.mp3", 0, []
+    monkeypatch.setattr(streams, "repair", lambda *data: repaired.append(data))
+    for i in range(40):
+        tail = np.zeros(7_000, np.float32)  # silence at the end, as of speech
+        path.write_bytes(encoded(np.concatenate([noise(1 + i / 20), tail]), 22_050, format="MP3"))
+        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+            expected = len(sound.read())
+            padded += file.tell() < path.stat().st_size
+        assert abs(len(read_audio(path)) - expected * SAMPLE_RATE / 22_050) <= 1
+    assert padded, "no file ends with such a frame"
+    assert not repaired
+    assert "Xing" not in capfd.readouterr().err
