@@ -385,6 +385,10 @@ def build(
         max_batch_seconds=fitted.max_batch_seconds,
         gradient_checkpointing=fitted.checkpointing,
     )
+    provenance = describe_run(config) | {
+        "base_probe": whisper.base_probe(base_of(model)),  # before an engine shards the weights
+        "window": window_policy(config.context),
+    }
     state = make_state(
         accelerator, model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm, gradient_checkpointing=config.gradient_checkpointing,
@@ -414,10 +418,6 @@ def build(
         config.log_every, config.eval_every, config.wer_every, config.save_every,
         has_validation=validation is not None,
     )  # fmt: skip
-    provenance = describe_run(config) | {
-        "base_probe": whisper.base_probe(base_of(model)),
-        "window": window_policy(config.context),
-    }
     output = Output(
         Path(config.output_dir), "adapter" if config.tune == "lora" else "model", config.model,
         provenance, identity, config.keep_checkpoints, best,

@@ -72,8 +72,9 @@ def test_the_formula_counts_what_torch_counts(checkpoint, positions):
     for attention in ("sdpa", "eager"):  # torch counts only the eager one's products on a CPU
         model.set_attn_implementation(attention)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
+            states = whisper.run_encoder(model.model.encoder, torch.randn(1, 80, 2 * positions))
             model(
-                input_features=torch.randn(1, 80, 2 * positions),
+                encoder_outputs=(states,),
                 decoder_input_ids=torch.zeros(1, tokens, dtype=torch.long),
                 use_cache=False,
             )
