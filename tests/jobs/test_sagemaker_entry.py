@@ -407,6 +407,14 @@ def test_results_of_the_image_name_the_commit_that_it_was_built_from(tmp_path, m
     assert provenance.git_commit() == ""
 
 
+def test_what_the_dockerfile_copies_is_in_the_build_context():
+    dockerfile = (launch.ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    copied = [line.split()[1:-1] for line in dockerfile.splitlines() if line.startswith("COPY ")]
+    allowed = (launch.ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    missing = [path for paths in copied for path in paths if f"!{path}" not in allowed]
+    assert not missing, f".dockerignore leaves out {missing}"
+
+
 def test_the_image_asks_for_everything_but_torch():
     lines = (launch.ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     kept = subprocess.run(
