@@ -22,12 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from common import cli, labels, precision, predictions, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.memory import peak_memory_gib
+from common.metrics import ClipCounts
 from common.precision import DTYPES, Precision
 from common.predictions import DecodeOptions, Prediction
 from common.prepared import column, load_prepared
 from common.provenance import describe_run
 from common.windows import POSITIONS_PER_SECOND, DecodeWindowMode
 from evaluation.report import worst_clips, write_results
+from evaluation.statistics import significance
 from evaluation.systems import System, load_system
 
 
@@ -185,6 +187,7 @@ def evaluate(config: Config) -> None:
     # ------ base and adapter
     systems: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, Prediction]] = {}
+    counts: dict[str, dict[str, ClipCounts]] = {}
     adapters = {"base": ""} if config.compare_base or not config.adapter else {}
     if config.adapter:
         adapters["adapter"] = config.adapter
@@ -198,14 +201,24 @@ def evaluate(config: Config) -> None:
             device=accelerator.device,
         )
         texts[name], figures = transcribe(config, accelerator, system, tokenizer, dataset, options)
-        scores = predictions.score(dataset, texts[name], tokenizer, task=options.task)
-        worst = worst_clips(dataset, texts[name], options.task)
+        counts[name] = predictions.count_errors(dataset, texts[name], tokenizer, task=options.task)
+        scores = predictions.summarise(texts[name], counts[name])
+        worst = worst_clips(dataset, texts[name], counts[name]["keep_marks"])
         systems[name] = scores | figures | {"worst": worst}
         del system  # before the next one is loaded
 
     # ------ results
     if accelerator.is_main_process:
-        write_results(Path(config.output_dir), dataset, systems, texts, describe_run(config))
+        ids, speakers = column(dataset, "id"), column(dataset, "speaker")
+        write_results(
+            Path(config.output_dir),
+            dataset,
+            systems,
+            texts,
+            counts,
+            significance(ids, speakers, counts),
+            describe_run(config),
+        )
     close(accelerator)
 
 

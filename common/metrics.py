@@ -7,7 +7,7 @@ import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import evaluate
@@ -135,26 +135,46 @@ def count_errors(reference: str, hypothesis: str, unit: Unit) -> ErrorCounts:
     )
 
 
-def count_corpus(
+def count_clips(
     references: Sequence[str],
     hypotheses: Sequence[str],
     unit: Unit,
     normalise: Callable[[str, str], str] = raw,
     languages: Sequence[str] | None = None,
-) -> ErrorCounts:
-    """Sum the counts of all pairs, each text normalised once.
+) -> list[ErrorCounts]:
+    """The counts of each pair, each text normalised once.
 
     Args:
         languages: code of each pair; in LETTER_LANGUAGES spaces are no characters.
     """
-    counts = ErrorCounts()
+    counts = []
     codes = languages or [""] * len(references)
     for reference, hypothesis, code in zip(references, hypotheses, codes, strict=True):
         pair = normalise(reference, code), normalise(hypothesis, code)
         if unit == "char" and code in LETTER_LANGUAGES and normalise is not raw:
             pair = tuple(text.replace(" ", "") for text in pair)
-        counts += count_errors(*pair, unit)
+        counts.append(count_errors(*pair, unit))
     return counts
+
+
+@dataclass(frozen=True)
+class ClipCounts:
+    """Errors of each clip under one normaliser."""
+
+    unit: str  # what an error of `words` is one of
+    words: list[ErrorCounts]  # (N)
+    characters: list[ErrorCounts]  # (N)
+
+    def rates(self) -> dict[str, Any]:
+        """Rates and counts of the corpus."""
+        words, characters = (sum(clips, ErrorCounts()) for clips in (self.words, self.characters))
+        return {
+            "unit": self.unit,
+            "wer": words.rate,
+            "cer": characters.rate,
+            "words": asdict(words),
+            "characters": asdict(characters),
+        }
 
 
 # ------ evaluate.Metric
@@ -194,21 +214,19 @@ class ErrorRate(evaluate.Metric):
             features=_FEATURES,
         )
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, object]:
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
+        return self.count_clips(references, predictions).rates()
+
+    def count_clips(self, references: Sequence[str], hypotheses: Sequence[str]) -> ClipCounts:
+        """Errors of each pair of texts."""
         normalise = NORMALISERS[self.config_name]
         if self.config_name == "whisper_english":
             normalise = functools.partial(_with_spelling, self.spelling)
         words, characters = (
-            count_corpus(references, predictions, unit, normalise, self.languages)
+            count_clips(references, hypotheses, unit, normalise, self.languages)
             for unit in ("word", "char")
         )
-        return {
-            "unit": self.unit(),
-            "wer": words.rate,
-            "cer": characters.rate,
-            "words": asdict(words),
-            "characters": asdict(characters),
-        }
+        return ClipCounts(self.unit(), words, characters)
 
     def unit(self) -> str:
         """What an error of `wer` is one of: a word, a letter, or either by the text's language."""

@@ -48,6 +48,7 @@ class Prediction:
     text: str
     hit_cap: bool  # the token cap cut it off: most likely a loop
     decoded_again: bool = False  # at 30 seconds, as its own window gave a loop or hit the cap
+    loops: bool = False  # some tokens come again and again in a row
 
 
 def load_for_decoding(
@@ -187,9 +188,9 @@ def _transcribe_once(
         )
         for clip, window, tokens, cap in zip(clips, batch.windows, token_rows, caps, strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            hit_cap = len(tokens) >= cap
-            is_failure = window < FULL_WINDOW and (hit_cap or decoding.loops(tokens))
-            attempts[clip] = Prediction(str(ids[clip]), text, hit_cap), is_failure
+            hit_cap, loops = len(tokens) >= cap, decoding.loops(tokens)
+            is_failure = window < FULL_WINDOW and (hit_cap or loops)
+            attempts[clip] = Prediction(str(ids[clip]), text, hit_cap, loops=loops), is_failure
     return attempts
 
 
@@ -208,6 +209,49 @@ def written_languages(dataset: Dataset, task: str) -> list[str]:
     ]
 
 
+def count_errors(
+    dataset: Dataset,
+    predictions: dict[str, Prediction],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: str,
+) -> dict[str, metrics.ClipCounts]:
+    """Count the errors of each clip on the stored transcripts, under each normaliser.
+
+    Args:
+        predictions: one for each clip of `dataset`, by id.
+        tokenizer: may hold the spelling table of the English normaliser.
+        task: `transcribe` or `translate`, whose texts are English.
+
+    Returns:
+        Counts by normaliser, clips in the order of `dataset`.
+    """
+    languages = written_languages(dataset, task)
+    references = [str(text) for text in column(dataset, "text")]
+    hypotheses = [predictions[str(clip_id)].text for clip_id in column(dataset, "id")]
+    spelling = getattr(tokenizer, "english_spelling_normalizer", None)
+    return {
+        name: metrics.ErrorRate(name, spelling=spelling, languages=languages).count_clips(
+            references, hypotheses
+        )
+        for name in metrics.normalisers_for(languages)
+    }
+
+
+def summarise(
+    predictions: dict[str, Prediction], counts: dict[str, metrics.ClipCounts]
+) -> dict[str, Any]:
+    """Rates of the corpus under each normaliser, and the clips that are marked."""
+    return {
+        "clips": len(predictions),
+        "clips_at_cap": sum(prediction.hit_cap for prediction in predictions.values()),
+        "clips_decoded_again": sum(prediction.decoded_again for prediction in predictions.values()),
+        "clips_looping": sum(prediction.loops for prediction in predictions.values()),
+        "clips_empty": sum(not prediction.text for prediction in predictions.values()),
+        "normalisers": {name: clips.rates() for name, clips in counts.items()},
+    }
+
+
 def score(
     dataset: Dataset,
     predictions: dict[str, Prediction],
@@ -215,26 +259,5 @@ def score(
     *,
     task: str,
 ) -> dict[str, Any]:
-    """Count errors over the corpus on the stored transcripts, under each normaliser.
-
-    Args:
-        predictions: one for each clip of `dataset`, by id.
-        tokenizer: may hold the spelling table of the English normaliser.
-        task: `transcribe` or `translate`, whose texts are English.
-    """
-    languages = written_languages(dataset, task)
-    references = [str(text) for text in column(dataset, "text")]
-    scored = [predictions[str(clip_id)] for clip_id in column(dataset, "id")]
-    hypotheses = [prediction.text for prediction in scored]
-    spelling = getattr(tokenizer, "english_spelling_normalizer", None)
-    return {
-        "clips": len(scored),
-        "clips_at_cap": sum(prediction.hit_cap for prediction in scored),
-        "clips_decoded_again": sum(prediction.decoded_again for prediction in scored),
-        "normalisers": {
-            name: metrics.ErrorRate(name, spelling=spelling, languages=languages).compute(
-                predictions=hypotheses, references=references
-            )
-            for name in metrics.normalisers_for(languages)
-        },
-    }
+    """`summarise` what `count_errors` counts, whose arguments these are."""
+    return summarise(predictions, count_errors(dataset, predictions, tokenizer, task=task))

@@ -6,10 +6,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from common import metrics
 from common.files import write_json, write_text
-from common.predictions import Prediction, written_languages
+from common.metrics import ClipCounts
+from common.predictions import Prediction
 from common.prepared import column
+from evaluation.statistics import REPLICAS, Interval, Significance
 
 WORST_CLIPS = 20
 
@@ -19,6 +20,8 @@ def write_results(
     dataset: Dataset,
     systems: dict[str, dict[str, Any]],
     texts: dict[str, dict[str, Prediction]],
+    counts: dict[str, dict[str, ClipCounts]],
+    significance: Significance,
     provenance: dict[str, Any],
 ) -> None:
     """Write predictions.jsonl and wer.json, and print the table.
@@ -26,43 +29,57 @@ def write_results(
     Args:
         systems: scores and figures of each system, by its name.
         texts: predictions of each system by clip id.
+        counts: errors of each system by normaliser, clips in the order of `dataset`.
+        significance: intervals of the rates, and of the differences between systems.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for row in dataset.select_columns(["id", "text", "seconds", "language"]):
+    rows = dataset.select_columns(["id", "text", "seconds", "language", "speaker"])
+    for index, row in enumerate(rows):
         clip = {name: predictions[row["id"]] for name, predictions in texts.items()}
         row |= {name: prediction.text for name, prediction in clip.items()}
-        row |= {f"{name}_hit_cap": prediction.hit_cap for name, prediction in clip.items()}
-        row |= {
-            f"{name}_decoded_again": prediction.decoded_again for name, prediction in clip.items()
-        }
+        for name, prediction in clip.items():
+            row |= {
+                f"{name}_word_errors": counts[name]["raw"].words[index].errors,
+                f"{name}_hit_cap": prediction.hit_cap,
+                f"{name}_decoded_again": prediction.decoded_again,
+                f"{name}_loops": prediction.loops,
+            }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    for name, system in systems.items():
+        for normaliser, rates in system["normalisers"].items():
+            rates |= significance.intervals[name][normaliser]
+    result = systems | {
+        "comparisons": significance.comparisons,
+        "bootstrap": significance.bootstrap,
+        "recipe": provenance,
+    }
     write_text(folder / "predictions.jsonl", "".join(lines))
-    write_json(folder / "wer.json", systems | {"recipe": provenance})
+    write_json(folder / "wer.json", result)
     print(table(systems))
+    print(intervals_shown(systems, significance))
     for name, system in systems.items():
         print(f"{name}: {key_values(system)}")
     print(f"scores {folder / 'wer.json'}, texts {folder / 'predictions.jsonl'}", flush=True)
 
 
 def worst_clips(
-    dataset: Dataset, predictions: dict[str, Prediction], task: str
+    dataset: Dataset, predictions: dict[str, Prediction], counts: ClipCounts
 ) -> list[dict[str, Any]]:
-    """The clips with the most word errors (marks kept), worst first."""
+    """The clips with the most word errors, worst first.
+
+    Args:
+        counts: of the clips of `dataset`, in its order.
+    """
     rows = []
-    columns = column(dataset, "id"), column(dataset, "text"), written_languages(dataset, task)
-    for clip_id, text, language in zip(*columns, strict=True):
+    columns = column(dataset, "id"), column(dataset, "text"), counts.words
+    for clip_id, text, words in zip(*columns, strict=True):
         prediction = predictions[str(clip_id)]
-        counts = metrics.count_errors(
-            metrics.keep_marks(str(text), language),
-            metrics.keep_marks(prediction.text, language),
-            "word",
-        )
         rows.append(
             {
                 "id": prediction.id,
-                "word_errors": counts.errors,
-                "reference_words": counts.reference_length,
+                "word_errors": words.errors,
+                "reference_words": words.reference_length,
                 "reference": str(text),
                 "hypothesis": prediction.text,
                 "hit_cap": prediction.hit_cap,
@@ -70,6 +87,50 @@ def worst_clips(
             }
         )
     return sorted(rows, key=lambda row: (-row["word_errors"], row["id"]))[:WORST_CLIPS]
+
+
+# ------ printed
+
+
+def intervals_shown(systems: dict[str, dict[str, Any]], significance: Significance) -> str:
+    """Raw rates and differences with their 95 % intervals, a line each.
+
+    `base 164.7 [150.2, 179.9]`, `difference -96.0 [-109.1, -82.4], p <= 0.0002`
+    """
+    record = significance.bootstrap
+    drawn = f"{record['replicas']:,} replicas of {record['units']} {record['unit']}s"
+    lines = [f"95 % intervals, {drawn}"]
+    if record["warning"]:
+        lines.append(f"warning: {record['warning']}")
+    for rate in ("wer", "cer"):
+        lines.append(f"{rate.upper()} raw")
+        for name, system in systems.items():
+            raw = system["normalisers"]["raw"]
+            beside = _shown(raw.get(f"{rate}_interval_clips"), ", over clips ")
+            lines.append(f"{name} {raw[rate]:.1f}{_shown(raw[f'{rate}_interval'])}{beside}")
+        for comparison in significance.comparisons:
+            if (comparison["normaliser"], comparison["rate"]) == ("raw", rate):
+                clips = systems[comparison["systems"][0]]["clips"]
+                lines.append(difference_shown(comparison, clips, alone=len(systems) == 2))
+    return "\n".join(lines)
+
+
+def difference_shown(comparison: dict[str, Any], clips: int, *, alone: bool) -> str:
+    """A line about two systems, which are named unless they are the only ones."""
+    first, second = comparison["systems"]
+    name = "difference" if alone else f"{second} - {first}"
+    p, least = comparison["p"], 2 / (REPLICAS + 1)
+    line = f"{name} {comparison['difference']:+.1f}{_shown(comparison['interval'])}"
+    line += f", p <= {least:.4f}" if p <= least else f", p = {p:.4f}"
+    line += _shown(comparison.get("interval_clips"), ", over clips ")
+    return (
+        line if comparison["distinguishable"] else f"{line}: not distinguishable on {clips} clips"
+    )
+
+
+def _shown(interval: Interval, before: str = " ") -> str:
+    """` [150.2, 179.9]`; nothing where there is no interval."""
+    return f"{before}[{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
 
 
 def table(systems: dict[str, dict[str, Any]]) -> str:
@@ -91,8 +152,8 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
         lines.append(f"WER is counted by word, but {', '.join(by_letter)}")
     lines += [_edits(systems, normaliser) for normaliser in first["normalisers"]]
     measures = (
-        ("clips_at_cap", "12d"), ("clips_decoded_again", "12d"), ("real_time_factor", "12.3f"),
-        ("peak_memory_gib", "12.2f"),
+        ("clips_at_cap", "12d"), ("clips_decoded_again", "12d"), ("clips_looping", "12d"),
+        ("clips_empty", "12d"), ("real_time_factor", "12.3f"), ("peak_memory_gib", "12.2f"),
     )  # fmt: skip
     for measure, form in measures:
         values = (system[measure] for system in systems.values())

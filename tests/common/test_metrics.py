@@ -165,7 +165,7 @@ def test_an_empty_reference_counts_its_insertions():
 def test_metrics_have_the_same_counts_as_the_plain_functions():
     references, predictions = ["एक दोन तीन"], ["एक तीन तीन चार"]
     result = metrics.ErrorRate("raw").compute(references=references, predictions=predictions)
-    counts = metrics.count_corpus(references, predictions, "char")
+    counts = sum(metrics.count_clips(references, predictions, "char"), metrics.ErrorCounts())
     assert result["cer"] == counts.rate
     assert json.loads(json.dumps(result)) == result
 

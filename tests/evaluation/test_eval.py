@@ -70,7 +70,7 @@ def scores(result):
         name: {key: value for key, value in result[name].items() if key not in clocks}
         for name in ("base", "adapter")
         if name in result
-    }
+    } | {name: result[name] for name in ("comparisons", "bootstrap")}
 
 
 def test_base_and_adapter_are_scored_on_the_same_clips(options, prepared):
@@ -86,6 +86,40 @@ def test_base_and_adapter_are_scored_on_the_same_clips(options, prepared):
     base, tuned = (result[name]["normalisers"]["raw"]["cer"] for name in ("base", "adapter"))
     assert base != tuned
     assert result["recipe"]["config"]["model"] == options["model"]
+
+
+def test_every_rate_and_the_difference_have_an_interval_in_wer_json_and_in_print(options, capsys):
+    result = evaluate(options)
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("base", "adapter"):
+        for rates in result[name]["normalisers"].values():
+            for rate in ("wer", "cer"):
+                low, high = rates[f"{rate}_interval"]
+                assert low <= rates[rate] <= high
+        raw = result[name]["normalisers"]["raw"]
+        low, high = raw["wer_interval"]
+        assert any(line.startswith(f"{name} {raw['wer']:.1f} [{low:.1f}, ") for line in lines)
+    assert len(result["comparisons"]) == 6, "two rates under three normalisers"
+    wer = result["comparisons"][0]
+    assert wer["systems"] == ["base", "adapter"]
+    rates = [result[name]["normalisers"]["raw"]["wer"] for name in ("base", "adapter")]
+    assert wer["difference"] == pytest.approx(rates[1] - rates[0])
+    assert any(line.startswith(f"difference {wer['difference']:+.1f} [") for line in lines)
+    assert result["bootstrap"]["replicas"] == 10_000
+    assert any(line == f"warning: {result['bootstrap']['warning']}" for line in lines)
+
+
+def test_the_word_errors_of_the_clips_add_up_to_the_corpus_score(options):
+    result = evaluate(options)
+    rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
+    for name in ("base", "adapter"):
+        words = result[name]["normalisers"]["raw"]["words"]
+        errors = sum(words[edit] for edit in ("substitutions", "deletions", "insertions"))
+        assert sum(row[f"{name}_word_errors"] for row in rows) == errors
+        assert result[name]["clips_looping"] == sum(row[f"{name}_loops"] for row in rows)
+        assert result[name]["clips_empty"] == sum(not row[name] for row in rows)
+    assert all("speaker" in row for row in rows)
+    assert result["adapter"]["clips_looping"] > 0
 
 
 def texts(options, name):
@@ -139,9 +173,11 @@ def test_chinese_is_scored_by_letter_where_it_was_transcribed_and_not_where_tran
         "raw": "word", "keep_marks": "letter", "whisper_basic": "letter"
     }  # fmt: skip
     assert found["keep_marks"]["wer"] == 100 / 6
-    worst = report.worst_clips(clips.select([0]), said, "transcribe")[0]
+    counts = predictions.count_errors(clips.select([0]), said, None, task="transcribe")
+    worst = report.worst_clips(clips.select([0]), said, counts["keep_marks"])[0]
     assert (worst["word_errors"], worst["reference_words"]) == (1, 6)
     extra = {"window": "full", "clips_at_cap": 0, "clips_decoded_again": 0}
+    extra |= {"clips_looping": 0, "clips_empty": 0}
     extra |= {"real_time_factor": 0.0, "peak_memory_gib": 0.0}
     shown = report.table({"base": {"normalisers": found} | extra})
     assert "counted by word, but keep_marks by letter, whisper_basic by letter" in shown
@@ -226,7 +262,7 @@ def test_merging_is_done_in_float32_before_the_weights_are_converted(checkpoint,
 
 def test_a_full_checkpoint_is_scored_without_adapter(options):
     result = evaluate(options | {"adapter": "", "compare_base": False})
-    assert set(result) == {"base", "recipe"}
+    assert set(result) == {"base", "comparisons", "bootstrap", "recipe"}
 
 
 def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_path):
