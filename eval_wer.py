@@ -1,4 +1,4 @@
-"""Word error rate of a Whisper, of a LoRA adapter on it, or of both on the same clips.
+"""Word error rate of a Whisper, of LoRA adapters on it, or of all of them on the same clips.
 
     python eval_wer.py --model openai/whisper-large-v2 --adapter run/adapter --data_dir prepared \\
         --compare_base true --output_dir run/wer
@@ -38,8 +38,8 @@ class Config:
     """Word and character error rate of a Whisper, with or without a LoRA adapter."""
 
     model: str = "openai/whisper-small"  # base or full fine-tune: a folder or a Hub id
-    adapter: str = ""  # folder of an adapter; empty: score --model alone
-    compare_base: bool = False  # also score --model without the adapter, on the same clips
+    adapter: str = ""  # folder of an adapter, or A,B,C to compare several; empty: --model alone
+    compare_base: bool = False  # also score --model without an adapter, on the same clips
     data_dir: str = os.environ.get("SM_CHANNEL_TEST", "prepared")  # output of preprocess.py
     split: str = "test"  # train, validation or test
     max_clips: int = 0  # number of clips to score, from the first on; 0: all
@@ -57,15 +57,25 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse impossible options, all of them in one message."""
+    folders = list(name_adapters(config.adapter).values())
+    repeated = sorted({folder for folder in folders if folders.count(folder) > 1})
     cli.refuse(
         [
             (
                 config.compare_base and not config.adapter,
                 "--compare_base true needs an adapter to compare: give --adapter",
             ),
+            *(
+                (
+                    not folder or not Path(folder).is_dir(),
+                    f"--adapter {folder or config.adapter}: no such folder: give a trained "
+                    "adapter's, or several as A,B,C",
+                )
+                for folder in dict.fromkeys(folders)
+            ),
             (
-                bool(config.adapter) and not Path(config.adapter).is_dir(),
-                f"--adapter {config.adapter}: no such folder: give a trained adapter's",
+                bool(repeated),
+                f"--adapter {config.adapter}: {', '.join(repeated)} is given twice: keep one",
             ),
             (
                 config.batch_seconds < 0,
@@ -74,6 +84,17 @@ def check(config: Config) -> None:
             (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
         ]
     )
+
+
+def name_adapters(adapter: str) -> dict[str, str]:
+    """The folders of --adapter by the names of their systems.
+
+    >>> name_adapters("run/adapter"), name_adapters("a,b"), name_adapters("")
+    ({'adapter': 'run/adapter'}, {'adapter_1': 'a', 'adapter_2': 'b'}, {})
+    """
+    if "," not in adapter:
+        return {"adapter": adapter} if adapter else {}
+    return {f"adapter_{index}": folder for index, folder in enumerate(adapter.split(","), 1)}
 
 
 def load_split(config: Config) -> tuple[Dataset, dict[str, Any]]:
@@ -184,14 +205,13 @@ def evaluate(config: Config) -> None:
         quiet=not accelerator.is_main_process,
     )
 
-    # ------ base and adapter
+    # ------ base and adapters
     systems: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, Prediction]] = {}
     counts: dict[str, dict[str, ClipCounts]] = {}
-    adapters = {"base": ""} if config.compare_base or not config.adapter else {}
-    if config.adapter:
-        adapters["adapter"] = config.adapter
-    for name, adapter in adapters.items():
+    adapters = name_adapters(config.adapter)
+    base = {"base": ""} if config.compare_base or not adapters else {}
+    for name, adapter in (base | adapters).items():
         system = load_system(
             config.model,
             adapter,
@@ -217,6 +237,7 @@ def evaluate(config: Config) -> None:
             texts,
             counts,
             significance(ids, speakers, counts),
+            adapters,
             describe_run(config),
         )
     close(accelerator)

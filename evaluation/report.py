@@ -22,6 +22,7 @@ def write_results(
     texts: dict[str, dict[str, Prediction]],
     counts: dict[str, dict[str, ClipCounts]],
     significance: Significance,
+    adapters: dict[str, str],
     provenance: dict[str, Any],
 ) -> None:
     """Write predictions.jsonl and wer.json, and print the table.
@@ -31,6 +32,7 @@ def write_results(
         texts: predictions of each system by clip id.
         counts: errors of each system by normaliser, clips in the order of `dataset`.
         significance: intervals of the rates, and of the differences between systems.
+        adapters: folder of each adapter, by the name of its system.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -50,6 +52,7 @@ def write_results(
         for normaliser, rates in system["normalisers"].items():
             rates |= significance.intervals[name][normaliser]
     result = systems | {
+        "adapters": adapters,
         "comparisons": significance.comparisons,
         "bootstrap": significance.bootstrap,
         "recipe": provenance,

@@ -109,6 +109,27 @@ def test_every_rate_and_the_difference_have_an_interval_in_wer_json_and_in_print
     assert any(line == f"warning: {result['bootstrap']['warning']}" for line in lines)
 
 
+def test_several_adapters_are_compared_pair_by_pair_in_one_run(options, tmp_path, capsys):
+    alone = evaluate(options)
+    assert alone["adapters"] == {"adapter": options["adapter"]}
+    copy = str(shutil.copytree(options["adapter"], tmp_path / "copy"))
+    result = evaluate(options | {"adapter": f"{options['adapter']},{copy}"})
+    assert result["adapters"] == {"adapter_1": options["adapter"], "adapter_2": copy}
+    assert result["base"]["normalisers"] == alone["base"]["normalisers"]
+    for name in ("adapter_1", "adapter_2"):
+        assert result[name]["normalisers"] == alone["adapter"]["normalisers"]
+    wer = [
+        own for own in result["comparisons"] if (own["normaliser"], own["rate"]) == ("raw", "wer")
+    ]
+    pairs = [["base", "adapter_1"], ["base", "adapter_2"], ["adapter_1", "adapter_2"]]
+    assert [own["systems"] for own in wer] == pairs
+    assert [own["distinguishable"] for own in wer] == [True, True, False]
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("adapter_2: wer_raw=") for line in lines)
+    same = "adapter_2 - adapter_1 +0.0 [0.0, 0.0], p = 1.0000"
+    assert any(line.startswith(same) and "not distinguishable on 7 clips" in line for line in lines)
+
+
 def test_the_word_errors_of_the_clips_add_up_to_the_corpus_score(options):
     result = evaluate(options)
     rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
@@ -262,7 +283,8 @@ def test_merging_is_done_in_float32_before_the_weights_are_converted(checkpoint,
 
 def test_a_full_checkpoint_is_scored_without_adapter(options):
     result = evaluate(options | {"adapter": "", "compare_base": False})
-    assert set(result) == {"base", "comparisons", "bootstrap", "recipe"}
+    assert set(result) == {"base", "adapters", "comparisons", "bootstrap", "recipe"}
+    assert (result["adapters"], result["comparisons"]) == ({}, [])
 
 
 def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_path):
@@ -281,6 +303,9 @@ def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_p
     ("wrong", "message"),
     [
         ({"adapter": "nowhere"}, "--adapter nowhere: no such folder"),
+        ({"adapter": "tests,nowhere"}, "--adapter nowhere: no such folder"),
+        ({"adapter": "tests,"}, "--adapter tests,: no such folder"),
+        ({"adapter": "tests,tests"}, "--adapter tests,tests: tests is given twice: keep one"),
         ({"data_dir": "nowhere"}, "--data_dir nowhere"),
         ({"split": "dev"}, "--split dev: "),
         ({"adapter": ""}, "--compare_base true needs an adapter"),
