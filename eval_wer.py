@@ -28,6 +28,8 @@ from common.predictions import DecodeOptions, Prediction
 from common.prepared import column, load_prepared
 from common.provenance import describe_run
 from common.windows import POSITIONS_PER_SECOND, DecodeWindowMode
+from evaluation.breakdown import breakdown, words_of
+from evaluation.confusions import confusions
 from evaluation.report import worst_clips, write_results
 from evaluation.statistics import significance
 from evaluation.systems import System, load_system
@@ -97,8 +99,8 @@ def name_adapters(adapter: str) -> dict[str, str]:
     return {f"adapter_{index}": folder for index, folder in enumerate(adapter.split(","), 1)}
 
 
-def load_split(config: Config) -> tuple[Dataset, dict[str, Any]]:
-    """The clips to score, and preprocess.json."""
+def load_split(config: Config) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+    """The clips to score, the training clips if they are there, and preprocess.json."""
     splits, report = load_prepared(config.data_dir)
     if config.split not in splits:
         raise cli.UserError(
@@ -107,7 +109,7 @@ def load_split(config: Config) -> tuple[Dataset, dict[str, Any]]:
     dataset = splits[config.split]
     if config.max_clips:
         dataset = dataset.select(range(min(config.max_clips, len(dataset))))
-    return dataset, report
+    return dataset, splits.get("train"), report
 
 
 def check_languages(config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
@@ -189,7 +191,7 @@ def evaluate(config: Config) -> None:
     )
 
     # ------ data
-    dataset, report = load_split(config)
+    dataset, train, report = load_split(config)
     tokenizer = labels.load_tokenizer(config.model)
     check_languages(config, tokenizer, dataset)
     say(
@@ -229,6 +231,15 @@ def evaluate(config: Config) -> None:
 
     # ------ results
     if accelerator.is_main_process:
+        languages = predictions.written_languages(dataset, options.task)
+        seen = None
+        if train is not None:
+            seen = words_of(train, predictions.written_languages(train, options.task))
+        words = {name: own["raw"].words for name, own in counts.items()}
+        groups = breakdown(dataset, languages, seen, words)
+        for name in systems:
+            confused = confusions(dataset, texts[name], languages)
+            systems[name] |= {"breakdown": groups[name], "confusions": confused}
         ids, speakers = column(dataset, "id"), column(dataset, "speaker")
         write_results(
             Path(config.output_dir),

@@ -77,7 +77,7 @@ def choose_units(ids: Sequence[str], speakers: Sequence[str]) -> Units:
 # ------ replicas
 
 
-def resample(counts: np.ndarray, members: np.ndarray) -> np.ndarray:
+def resample(counts: np.ndarray, members: np.ndarray, replicas: int = REPLICAS) -> np.ndarray:
     """Sums of counts over units that are drawn with replacement.
 
     Sums of whole numbers below 2^53 are exact, so neither the order of the clips nor the linear
@@ -88,15 +88,15 @@ def resample(counts: np.ndarray, members: np.ndarray) -> np.ndarray:
         members: (N,) the unit of each clip, from 0 on.
 
     Returns:
-        (REPLICAS, C).
+        (replicas, C).
     """
     number = int(members.max()) + 1
     units = np.zeros((number, counts.shape[1]))
     np.add.at(units, members, counts)
     generator, sums = np.random.default_rng(SEED), []
     rows = max(DRAWS_AT_ONCE // number, 1)
-    for start in range(0, REPLICAS, rows):
-        shape = (min(rows, REPLICAS - start), number)
+    for start in range(0, replicas, rows):
+        shape = (min(rows, replicas - start), number)
         draws = generator.integers(number, size=shape)
         draws += np.arange(len(draws))[:, None] * number
         times = np.bincount(draws.ravel(), minlength=draws.size).reshape(shape)

@@ -109,6 +109,21 @@ def test_every_rate_and_the_difference_have_an_interval_in_wer_json_and_in_print
     assert any(line == f"warning: {result['bootstrap']['warning']}" for line in lines)
 
 
+def test_wer_json_says_where_each_system_fails(options, prepared):
+    result = evaluate(options)
+    test = load_prepared(str(prepared))[0]["test"]
+    for name in ("base", "adapter"):
+        groups = result[name]["breakdown"]
+        assert {row["group"] for row in groups["language"]} == set(test["language"])
+        assert {row["group"] for row in groups["speaker"]} == set(test["speaker"])
+        raw = result[name]["normalisers"]["raw"]
+        assert groups["language"][0]["wer"] == raw["wer"]
+        assert groups["language"][0]["wer_interval"] == raw["wer_interval"]
+        assert sum(row["clips"] for row in groups["unseen_words"]) == len(test)
+        confused = result[name]["confusions"]["words"]
+        assert 0 < sum(row["count"] for row in confused) <= raw["words"]["substitutions"]
+
+
 def test_several_adapters_are_compared_pair_by_pair_in_one_run(options, tmp_path, capsys):
     alone = evaluate(options)
     assert alone["adapters"] == {"adapter": options["adapter"]}
