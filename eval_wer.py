@@ -31,7 +31,7 @@ from common.windows import POSITIONS_PER_SECOND, DecodeWindowMode
 from evaluation.breakdown import breakdown, words_of
 from evaluation.confusions import confusions
 from evaluation.report import worst_clips, write_results
-from evaluation.statistics import significance
+from evaluation.statistics import confidence_correlation, significance
 from evaluation.systems import System, load_system
 
 
@@ -237,10 +237,15 @@ def evaluate(config: Config) -> None:
             seen = words_of(train, predictions.written_languages(train, options.task))
         words = {name: own["raw"].words for name, own in counts.items()}
         groups = breakdown(dataset, languages, seen, words)
+        ids, speakers = column(dataset, "id"), column(dataset, "speaker")
         for name in systems:
             confused = confusions(dataset, texts[name], languages)
-            systems[name] |= {"breakdown": groups[name], "confusions": confused}
-        ids, speakers = column(dataset, "id"), column(dataset, "speaker")
+            logprobs = [texts[name][str(clip_id)].logprob for clip_id in ids]
+            systems[name] |= {
+                "breakdown": groups[name],
+                "confusions": confused,
+                "logprob_error_correlation": confidence_correlation(logprobs, words[name]),
+            }
         write_results(
             Path(config.output_dir),
             dataset,

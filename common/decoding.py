@@ -44,6 +44,14 @@ ONE_TEXT = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """The text of one clip."""
+
+    tokens: list[int]  # prompt and end token cut; as many as its cap if it hit that
+    logprob: float | None  # mean over its tokens and the end token; None: not greedy
+
+
 def decode(
     model: WhisperForConditionalGeneration,
     waves: torch.Tensor,
@@ -53,7 +61,7 @@ def decode(
     task: str,
     caps: Sequence[int],
     num_beams: int = 1,
-) -> list[list[int]]:
+) -> list[Decoded]:
     """Transcribe a batch; where it does not fit the GPU's memory, one half after the other.
 
     The tokens of a clip do not depend on its batch. Arguments and result are those of
@@ -87,7 +95,7 @@ def decode_at_once(
     task: str,
     caps: Sequence[int],
     num_beams: int = 1,
-) -> list[list[int]]:
+) -> list[Decoded]:
     """Encode a batch once, then decode it greedily or with beams.
 
     Args:
@@ -97,12 +105,12 @@ def decode_at_once(
         caps: (B) most new tokens of each clip, so that one looping clip ends by itself.
 
     Returns:
-        (B) lists of text tokens, prompt and end token cut. One as long as its cap hit it.
+        (B) texts.
     """
     encoded = encode_windows(model, waves, windows)
     if num_beams == 1 and _is_plain_greedy(model.generation_config):
         return _greedy(model, encoded, _prompts(model, languages, task, len(caps)), caps)
-    texts: list[list[int]] = [[] for _ in caps]
+    texts = [Decoded([], None)] * len(caps)
     for rows, states in encoded:
         group_texts = _generate(
             model,
@@ -113,7 +121,7 @@ def decode_at_once(
             num_beams=num_beams,
         )
         for row, tokens in zip(rows, group_texts, strict=True):
-            texts[row] = tokens
+            texts[row] = Decoded(tokens, None)
     return texts
 
 
@@ -336,7 +344,7 @@ def _greedy(
     encoded: list[tuple[list[int], torch.Tensor]],
     prompts: torch.Tensor,
     caps: Sequence[int],
-) -> list[list[int]]:
+) -> list[Decoded]:
     """The most probable token, again and again, in a batch that shrinks as clips end.
 
     Args:
@@ -357,6 +365,7 @@ def _greedy(
     states, room = [group for _, group in encoded], prompts.shape[1] + max(caps)
     caches = [_new_cache(layer, states, room) for layer in model.model.decoder.layers]
     tokens, position = prompts[clips], 0
+    logprobs, owners = [], []  # of each token: on the device, and its clip
     while unfinished:
         scores = _next_scores(model, tokens, caches, position)
         scores[:, suppressed] = -math.inf
@@ -364,6 +373,9 @@ def _greedy(
             scores[:, suppressed_first] = -math.inf
         position += tokens.shape[1]
         tokens = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
+        scores = scores.float()
+        logprobs.append(scores.gather(1, tokens)[:, 0] - scores.logsumexp(dim=-1))
+        owners += [clip if clip in unfinished else None for clip in clips]
         for clip, token in zip(clips, tokens[:, 0].tolist(), strict=True):
             if clip not in unfinished:
                 continue
@@ -378,4 +390,9 @@ def _greedy(
             for cache in caches:
                 cache.keep(rows, position)
             tokens, clips = tokens[rows], [clips[row] for row in rows]
-    return texts
+    own: dict[int, list[float]] = {clip: [] for clip in range(len(caps))}
+    for clip, logprob in zip(owners, torch.cat(logprobs).tolist(), strict=True):
+        if clip is not None:
+            own[clip].append(logprob)
+    means = [sum(values) / len(values) for values in own.values()]
+    return [Decoded(*pair) for pair in zip(texts, means, strict=True)]

@@ -49,6 +49,7 @@ class Prediction:
     hit_cap: bool  # the token cap cut it off: most likely a loop
     decoded_again: bool = False  # at 30 seconds, as its own window gave a loop or hit the cap
     loops: bool = False  # some tokens come again and again in a row
+    logprob: float | None = None  # mean of its tokens; None: not decoded greedily
 
 
 def load_for_decoding(
@@ -177,7 +178,7 @@ def _transcribe_once(
     for batch, inputs in zip(batches, collated, strict=True):
         clips = list(batch.clips)
         caps = [token_cap(float(seconds[clip]), options.tokens_per_second) for clip in clips]
-        token_rows = decoding.decode(
+        texts = decoding.decode(
             model,
             inputs["waves"],
             windows=batch.windows,
@@ -186,11 +187,14 @@ def _transcribe_once(
             caps=caps,
             num_beams=options.num_beams,
         )
-        for clip, window, tokens, cap in zip(clips, batch.windows, token_rows, caps, strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            hit_cap, loops = len(tokens) >= cap, decoding.loops(tokens)
+        for clip, window, decoded, cap in zip(clips, batch.windows, texts, caps, strict=True):
+            text = tokenizer.decode(decoded.tokens, skip_special_tokens=True).strip()
+            hit_cap, loops = len(decoded.tokens) >= cap, decoding.loops(decoded.tokens)
+            prediction = Prediction(
+                str(ids[clip]), text, hit_cap, loops=loops, logprob=decoded.logprob
+            )
             is_failure = window < FULL_WINDOW and (hit_cap or loops)
-            attempts[clip] = Prediction(str(ids[clip]), text, hit_cap, loops=loops), is_failure
+            attempts[clip] = prediction, is_failure
     return attempts
 
 

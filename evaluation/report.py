@@ -46,6 +46,7 @@ def write_results(
                 f"{name}_hit_cap": prediction.hit_cap,
                 f"{name}_decoded_again": prediction.decoded_again,
                 f"{name}_loops": prediction.loops,
+                f"{name}_logprob": prediction.logprob,
             }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     for name, system in systems.items():

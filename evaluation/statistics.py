@@ -234,6 +234,38 @@ def _bootstrap(
     return intervals, comparisons
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's coefficient, equal values sharing their mean rank; `None` if all are equal.
+
+    >>> rank_correlation([1, 2, 3], [10, 20, 90]), rank_correlation([1, 2], [5, 5])
+    (1.0, None)
+    """
+    ranks = []
+    for values in (first, second):
+        _, inverse, number = np.unique(values, return_inverse=True, return_counts=True)
+        if len(number) < 2:
+            return None
+        ranks.append((number.cumsum() - (number - 1) / 2)[inverse])
+    return round(float(np.corrcoef(*ranks)[0, 1]), 6)
+
+
+def confidence_correlation(
+    logprobs: Sequence[float | None], words: Sequence[ErrorCounts]
+) -> float | None:
+    """How well average log-probabilities predict which clips have errors: 1 ranks them perfectly.
+
+    Args:
+        logprobs: of each clip (N).
+        words: of each clip (N).
+
+    Returns:
+        Rank correlation of -log-probability and word error rate; `None` without log-probabilities.
+    """
+    if any(logprob is None for logprob in logprobs):
+        return None
+    return rank_correlation([-logprob for logprob in logprobs], [own.rate for own in words])
+
+
 def count_table(clips: Sequence[ErrorCounts]) -> np.ndarray:
     """Errors and reference length of each clip, (N, 2)."""
     return np.array([[counts.errors, counts.reference_length] for counts in clips], np.float64)

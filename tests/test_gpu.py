@@ -242,7 +242,7 @@ def test_a_random_checkpoint_of_real_dimensions_loads_and_its_step_is_simulated(
             merged, inputs["waves"], windows=[160, 160], languages=["mr", "mr"],
             task="transcribe", caps=[3, 3],
         )  # fmt: skip
-    assert [len(text) for text in texts] == [3, 3]
+    assert [len(text.tokens) for text in texts] == [3, 3]
     gib, kernels = simulated(size, "fp32")
     if not what_is_missing():
         assert 0.1 < gib < 1 and kernels > 500
@@ -297,7 +297,7 @@ def test_each_precision_trains_and_decodes_within_the_estimate(
             merged, inputs["waves"], windows=[size.positions] * size.clips,
             languages=["mr"] * size.clips, task="transcribe", caps=[8] * size.clips,
         )  # fmt: skip
-    assert len(texts) == size.clips and all(len(text) <= 8 for text in texts)
+    assert len(texts) == size.clips and all(len(text.tokens) <= 8 for text in texts)
 
 
 def test_decoding_while_training_takes_no_more_than_was_planned(device, checkpoint, checkpoints):

@@ -15,8 +15,8 @@ from common import decoding, labels, whisper
 
 
 def decode(model, inputs, *, windows=None, languages=None, **options):
-    """Decode with every clip's window the whole of the waves, in Marathi."""
-    return decoding.decode(
+    """Tokens, with every clip's window the whole of the waves, in Marathi."""
+    texts = decoding.decode(
         model,
         inputs,
         windows=windows or [inputs.shape[1] // 320] * len(inputs),
@@ -24,6 +24,7 @@ def decode(model, inputs, *, windows=None, languages=None, **options):
         task="transcribe",
         **options,
     )
+    return [text.tokens for text in texts]
 
 
 @pytest.fixture
@@ -207,9 +208,9 @@ def test_an_english_only_model_stays_one_whatever_its_configuration_says(checkpo
     whisper.complete_generation_config(model, labels.load_tokenizer(str(checkpoint)))
     assert not model.generation_config.is_multilingual
     options = {"windows": [300, 300], "languages": None, "task": "transcribe", "caps": [9, 9]}
-    greedy = decoding.decode(model, waves(2), **options)
+    greedy = [text.tokens for text in decoding.decode(model, waves(2), **options)]
     monkeypatch.setattr(decoding, "_is_plain_greedy", lambda _config: False)
-    assert decoding.decode(model, waves(2), **options) == greedy
+    assert [text.tokens for text in decoding.decode(model, waves(2), **options)] == greedy
 
 
 def test_a_shortest_text_that_a_checkpoint_asks_for_is_left_to_generate(base):
@@ -218,3 +219,33 @@ def test_a_shortest_text_that_a_checkpoint_asks_for_is_left_to_generate(base):
         setattr(base.generation_config, name, value)
         assert not decoding._is_plain_greedy(base.generation_config)
         setattr(base.generation_config, name, None)
+
+
+def test_the_log_probability_is_the_mean_over_the_tokens_and_the_end_token(ending):
+    clips, cap = 12, 60
+    inputs, config = waves(clips), ending.generation_config
+    options = {"languages": ["mr"] * clips, "task": "transcribe"}
+    windows = [inputs.shape[1] // 320] * clips
+    options |= {"windows": windows, "caps": [cap] * clips}
+    config.eos_token_id = decoding.decode(ending, inputs, **options)[0].tokens[5]  # so it ends
+    texts = decoding.decode(ending, inputs, **options)
+    prompts = decoding._prompts(ending, options["languages"], "transcribe", clips)
+    with torch.inference_mode():
+        ((_, states),) = decoding.encode_windows(ending, inputs, windows)
+        for clip, text in enumerate(texts):
+            tokens = text.tokens + [config.eos_token_id] * (len(text.tokens) < cap)
+            decoder = torch.cat([prompts[clip], torch.tensor(tokens)])[None, :-1]
+            outputs = ending(encoder_outputs=(states[clip][None],), decoder_input_ids=decoder)
+            scores = outputs.logits[0, prompts.shape[1] - 1 :]
+            scores[:, config.suppress_tokens] = -torch.inf
+            scores[0, config.begin_suppress_tokens] = -torch.inf
+            logprobs = scores.log_softmax(dim=-1)[torch.arange(len(tokens)), tokens]
+            assert text.logprob == pytest.approx(logprobs.mean().item(), abs=1e-4)
+    assert len(texts[0].tokens) <= 5, "the first clip ends with the end token"
+
+
+def test_beams_have_no_log_probability(base):
+    texts = decoding.decode(
+        base, waves(1), windows=[150], languages=["mr"], task="transcribe", caps=[5], num_beams=2
+    )
+    assert [text.logprob for text in texts] == [None]

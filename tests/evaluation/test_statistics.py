@@ -161,3 +161,13 @@ def test_10_000_clips_of_two_systems_take_less_than_5_seconds():
     start = time.process_time()
     statistics.significance(ids, [""] * 10_000, counts)
     assert time.process_time() - start < 5.0, "1.8 s on one core"
+
+
+def test_log_probabilities_that_rank_the_clips_by_errors_correlate_perfectly():
+    words = [ErrorCounts(errors, reference_length=10) for errors in (0, 3, 9)]
+    assert statistics.confidence_correlation([-0.1, -0.4, -2.0], words) == 1.0
+    assert statistics.confidence_correlation([-2.0, -0.4, -0.1], words) == -1.0
+    assert statistics.confidence_correlation([-0.1, None, -2.0], words) is None
+    assert statistics.rank_correlation([1, 1, 2, 3], [1, 2, 2, 3]) == pytest.approx(0.833333), (
+        "equal values share their mean rank: 1.5 1.5 3 4 and 1 2.5 2.5 4"
+    )
