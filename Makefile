@@ -17,8 +17,8 @@ demo: .venv/.ready
 	$(RUN)/python -m demo.speak_corpus --output_dir $(DEMO)/corpus --voices_per_sentence 1
 	$(RUN)/python preprocess.py --source $(DEMO)/corpus --language mr --model $(DEMO)/whisper-base --output_dir $(DEMO)/prepared
 	$(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_lora.py --model $(DEMO)/whisper-base --data_dir $(DEMO)/prepared --output_dir $(DEMO)/run --num_epochs 3 --global_batch_size 8 --max_batch_seconds 30
-	$(RUN)/python eval_wer.py --model $(DEMO)/whisper-base --adapter $(DEMO)/run/adapter --data_dir $(DEMO)/prepared --compare_base true --output_dir $(DEMO)/wer
 	@echo "adapter $(DEMO)/run/adapter, curves: $(RUN)/tensorboard --logdir $(DEMO)/run/tensorboard"
+	$(RUN)/python eval_wer.py --model $(DEMO)/whisper-base --adapter $(DEMO)/run/adapter --data_dir $(DEMO)/prepared --compare_base true --output_dir $(DEMO)/wer
 
 test: .venv/.ready
 	$(RUN)/python -m pytest -n auto --dist worksteal --durations 5

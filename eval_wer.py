@@ -8,6 +8,7 @@ the last bit in fp32: a clip's window and token cap depend on the clip alone, pr
 gathered by clip id, and errors are counted over the corpus once.
 """
 
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from common.provenance import describe_run
 from common.windows import POSITIONS_PER_SECOND, DecodeWindowMode
 from evaluation.breakdown import breakdown, words_of
 from evaluation.confusions import confusions
+from evaluation.html_report import write_report
 from evaluation.report import worst_clips, write_results
 from evaluation.statistics import confidence_correlation, significance
 from evaluation.systems import System, load_system
@@ -51,7 +53,8 @@ class Config:
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
     num_workers: int = 1  # processes that read audio ahead; 0: the main process
     collective_timeout: float = 120.0  # minutes a process waits for the other processes
-    output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for wer.json, predictions.jsonl
+    report_audio_mb: float = 10.0  # megabytes of voices in report.html at most; 0: none
+    output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for scores, texts, report
 
 
 # ------ options and data
@@ -84,6 +87,10 @@ def check(config: Config) -> None:
                 f"--batch_seconds {config.batch_seconds}: give a positive number, or 0",
             ),
             (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
+            (
+                not 0 <= config.report_audio_mb < math.inf,
+                f"--report_audio_mb {config.report_audio_mb}: give a number of megabytes, or 0",
+            ),
         ]
     )
 
@@ -231,6 +238,7 @@ def evaluate(config: Config) -> None:
 
     # ------ results
     if accelerator.is_main_process:
+        folder = Path(config.output_dir)
         languages = predictions.written_languages(dataset, options.task)
         seen = None
         if train is not None:
@@ -247,7 +255,7 @@ def evaluate(config: Config) -> None:
                 "logprob_error_correlation": confidence_correlation(logprobs, words[name]),
             }
         write_results(
-            Path(config.output_dir),
+            folder,
             dataset,
             systems,
             texts,
@@ -256,6 +264,8 @@ def evaluate(config: Config) -> None:
             adapters,
             describe_run(config),
         )
+        address = write_report(folder, dataset, adapters=adapters, audio_mb=config.report_audio_mb)
+        print(address, flush=True)
     close(accelerator)
 
 

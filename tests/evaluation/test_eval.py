@@ -314,6 +314,20 @@ def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_p
     assert got["base"]["normalisers"] == expected
 
 
+def test_the_report_is_written_last_and_its_address_is_printed_last(options, adapter, capfd):
+    evaluate(options)
+    path = launch.Path(options["output_dir"], "report.html")
+    *_, headline, address = capfd.readouterr().out.splitlines()
+    assert headline.startswith("raw WER: base ")
+    assert address == f"report {path.as_uri()}"
+    page = path.read_text(encoding="utf-8")
+    assert page.count("<audio") == len(texts(options, "base"))
+    assert page.count("Training of adapter") == 1
+    assert str(adapter) not in page
+    evaluate(options | {"output_dir": options["output_dir"] + "2"})
+    assert launch.Path(options["output_dir"] + "2", "report.html").read_text("utf-8") == page
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -325,6 +339,7 @@ def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_p
         ({"split": "dev"}, "--split dev: "),
         ({"adapter": ""}, "--compare_base true needs an adapter"),
         ({"batch_seconds": -1.0}, "--batch_seconds -1.0: give a positive number, or 0"),
+        ({"report_audio_mb": -1.0}, "--report_audio_mb -1.0: give a number of megabytes, or 0"),
     ],
 )
 def test_each_mistake_names_option_value_and_remedy(options, wrong, message):

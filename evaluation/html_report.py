@@ -1,0 +1,329 @@
+"""report.html: an evaluation on one page, written from wer.json and predictions.jsonl.
+
+The page makes no request: scripts, styles, charts and voices are in it, and its Content Security
+Policy allows only what has the hashes of its own script and style. The same results give the same
+bytes: neither clocks nor paths of the machine are on it.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from common.audio import decode_flac
+from common.files import write_text
+from common.prepared import column
+from evaluation import charts, diff, voices
+from evaluation.report import WORST_CLIPS
+
+NAME = "report.html"
+DURATIONS = (0, 2, 5, 10, 20, 30)  # seconds, limits of the groups where wer.json has none
+BREAKDOWNS = {
+    "duration": "By duration", "speaker": "By speaker", "language": "By language",
+    "unseen_words": "By words not seen in training",
+}  # fmt: skip
+CURVES = (
+    ({"loss": "training", "eval_loss": "validation"}, "loss per label token"),
+    ({"wer_raw": "validation"}, "raw WER, %"),
+)
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What one system wrote for a clip."""
+
+    system: str
+    diff: diff.Diff
+    hit_cap: bool
+    decoded_again: bool
+    loops: bool
+    logprob: float | None  # average of the tokens
+
+
+@dataclass
+class Clip:
+    """A row of the page's table."""
+
+    index: int  # in predictions.jsonl
+    id: str
+    seconds: float
+    language: str
+    speaker: str
+    reference: str
+    transcripts: list[Transcript]
+    tags: list[str] = field(default_factory=list)  # the filters that show it
+    voice: str = ""  # data: URI
+
+    @property
+    def errors(self) -> int:
+        """Word errors of the last system."""
+        return self.transcripts[-1].diff.errors
+
+    @property
+    def change(self) -> int:
+        """Word errors of the last system less those of the first."""
+        return self.errors - self.transcripts[0].diff.errors
+
+
+def write_report(
+    folder: Path, dataset: Dataset, *, adapters: dict[str, str], audio_mb: float
+) -> str:
+    """Write report.html beside wer.json and predictions.jsonl; return its headline and address.
+
+    Args:
+        dataset: the scored clips, for their audio.
+        adapters: folder of each system's adapter, by the system's name; empty for the base.
+        audio_mb: megabytes of voices at most; 0 leaves them out.
+    """
+    results = json.loads((folder / "wer.json").read_text(encoding="utf-8"))
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    clips = read_clips(rows, list(systems_of(results)))
+    add_voices(clips, dataset, audio_mb)
+    runs = {
+        name: read_metrics(Path(adapter).parent / "metrics.jsonl")
+        for name, adapter in adapters.items()
+        if adapter
+    }
+    path = folder / NAME
+    write_text(path, render(results, clips, runs))
+    return f"{headline(results)}\nreport {path.resolve().as_uri()}"
+
+
+def systems_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scored systems of wer.json, by name."""
+    return {
+        name: value
+        for name, value in results.items()
+        if isinstance(value, dict) and "normalisers" in value
+    }
+
+
+def headline(results: dict[str, Any]) -> str:
+    """`raw WER: base 164.7 [150.2, 179.9], adapter 68.7 [60.1, 77.5]`."""
+    rates = []
+    for name, system in systems_of(results).items():
+        raw = system["normalisers"]["raw"]
+        rates.append(f"{name} {raw['wer']:.1f}{show_interval(raw.get('wer_interval'))}")
+    return f"raw WER: {', '.join(rates)}"
+
+
+# ------ clips
+
+
+def read_clips(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[Clip]:
+    """Rows of predictions.jsonl as clips, those with the most errors of the last system first."""
+    clips = []
+    for index, row in enumerate(rows):
+        transcripts = [
+            Transcript(
+                system=name,
+                diff=diff.compare(row["text"], row[name]),
+                hit_cap=row[f"{name}_hit_cap"],
+                decoded_again=row[f"{name}_decoded_again"],
+                loops=diff.text_loops(row[name]),
+                logprob=row.get(f"{name}_logprob"),
+            )
+            for name in systems
+        ]
+        clip = Clip(
+            index, row["id"], row["seconds"], row["language"], row.get("speaker") or "",
+            row["text"], transcripts,
+        )  # fmt: skip
+        clips.append(clip)
+    clips.sort(key=lambda clip: (-clip.errors, clip.id))
+    for rank, clip in enumerate(clips):
+        if rank < WORST_CLIPS and clip.errors:
+            clip.tags.append("worst")
+        if clip.change:
+            clip.tags.append("improved" if clip.change < 0 else "worsened")
+        if any(transcript.loops or transcript.hit_cap for transcript in clip.transcripts):
+            clip.tags.append("looping")
+    return clips
+
+
+def add_voices(clips: Sequence[Clip], dataset: Dataset, megabytes: float) -> None:
+    """Give clips their audio, in their order, as long as it fits in so many megabytes."""
+    left = megabytes * 1e6
+    rows = {str(name): row for row, name in enumerate(column(dataset, "id"))} if left else {}
+    for clip in clips:
+        if left <= 0 or clip.id not in rows:
+            break
+        uri = voices.data_uri(decode_flac(dataset[rows[clip.id]]["audio"]))
+        if len(uri) > left:
+            break
+        clip.voice = uri
+        left -= len(uri)
+
+
+# ------ the training run
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]] | None:
+    """The records of a run; none if there is no such file, `None` if it cannot be read."""
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line]
+    except (OSError, ValueError):
+        return None
+    return records if all(isinstance(record, dict) for record in records) else None
+
+
+def draw_run(records: list[dict[str, Any]] | None) -> list[Markup]:
+    drawn = (charts.curves(records or [], keys, label) for keys, label in CURVES)
+    return [chart for chart in drawn if chart]
+
+
+# ------ groups of clips
+
+
+def breakdowns_of(results: dict[str, Any], clips: Sequence[Clip]) -> dict[str, dict[str, Any]]:
+    """Groups of clips by kind of group and system, with a title and the groups in order."""
+    systems = systems_of(results)
+    found = {name: system.get("breakdown") or {} for name, system in systems.items()}
+    if not any("duration" in own for own in found.values()):
+        found = {name: own | {"duration": by_duration(clips, name)} for name, own in found.items()}
+    tables = {}
+    for kind, title in BREAKDOWNS.items():
+        rows: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, own in found.items():
+            for group in own.get(kind, []):
+                rows.setdefault(str(group["group"]), {})[name] = group
+        if rows:
+            tables[kind] = {"title": title, "rows": rows}
+    return tables
+
+
+def by_duration(clips: Sequence[Clip], system: str) -> list[dict[str, Any]]:
+    """Raw WER by length of the clip."""
+    groups = []
+    for low, high in itertools.pairwise(DURATIONS):
+        diffs = [
+            transcript.diff
+            for clip in clips
+            for transcript in clip.transcripts
+            if transcript.system == system
+            and (low <= clip.seconds < high or clip.seconds >= high == DURATIONS[-1])
+        ]
+        words = sum(own.reference_words for own in diffs)
+        wer = 100.0 * sum(own.errors for own in diffs) / max(words, 1)
+        if diffs:
+            groups.append(
+                {"group": f"{low}-{high} s", "clips": len(diffs), "reference_words": words,
+                 "wer": wer}
+            )  # fmt: skip
+    return groups
+
+
+def draw_durations(table: dict[str, Any], systems: Sequence[str]) -> Markup:
+    rates = {
+        name: [
+            (own[name]["wer"], own[name].get("wer_interval")) if name in own else None
+            for own in table["rows"].values()
+        ]
+        for name in systems
+    }
+    names = [
+        f"{group} ({next(iter(own.values()))['clips']})" for group, own in table["rows"].items()
+    ]
+    return charts.groups(names, rates)
+
+
+# ------ the page
+
+
+def render(
+    results: dict[str, Any],
+    clips: Sequence[Clip],
+    runs: dict[str, list[dict[str, Any]] | None],
+) -> str:
+    """The page, as a function of nothing but its arguments.
+
+    Args:
+        results: content of wer.json.
+        clips: in the order of the table, with their voices.
+        runs: the training records of each adapter, `None` where they cannot be read.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"signed": signed, "interval": show_interval, "p_value": show_p}
+    systems = systems_of(results)
+    names = list(systems)
+    tables = breakdowns_of(results, clips)
+    dots = None
+    if len(names) > 1:
+        pairs = [
+            (clip.index, clip.id, clip.transcripts[0].diff.wer, clip.transcripts[-1].diff.wer)
+            for clip in clips
+        ]
+        dots = charts.dots(pairs, names[0], names[-1])
+    parts = {name: read_part(f"report.{name}") for name in ("css", "js")}
+    parts["start"] = 'document.documentElement.className = "js";'  # before the table is laid out
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        config=results["recipe"]["config"],
+        model=Path(results["recipe"]["config"]["model"]).name,  # no path of this machine
+        systems=systems,
+        names=names,
+        headline=headline(results),
+        clips=clips,
+        minutes=sum(clip.seconds for clip in clips) / 60,
+        counts={tag: sum(tag in clip.tags for clip in clips) for tag in filters(names)},
+        has_logprob=any(own.logprob is not None for clip in clips for own in clip.transcripts),
+        num_voices=sum(bool(clip.voice) for clip in clips),
+        dots=dots,
+        durations=draw_durations(tables["duration"], names) if "duration" in tables else None,
+        tables=tables,
+        runs={name: (records, draw_run(records)) for name, records in runs.items()},
+        parts={name: Markup(text) for name, text in parts.items()},  # noqa: S704 - our own files
+        hashes={name: content_hash(text) for name, text in parts.items()},
+    )
+
+
+def filters(systems: Sequence[str]) -> list[str]:
+    compared = ["improved", "worsened"] if len(systems) > 1 else []
+    return ["worst", *compared, "looping"]
+
+
+def read_part(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def content_hash(text: str) -> str:
+    """What a Content Security Policy allows a script or style by."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def signed(value: float, digits: int = 0) -> str:
+    """A number with its sign, a true minus; 0 has none."""
+    text = f"{value:+.{digits}f}"
+    return text.lstrip("+-") if not float(text) else text.replace("-", "−")
+
+
+def show_interval(interval: Sequence[float] | None) -> str:
+    """` [150.2, 179.9]`, empty where none is known."""
+    if not interval:
+        return ""
+    low, high = (f"{value:.1f}".replace("-", "−") for value in interval)
+    return f" [{low}, {high}]"
+
+
+def show_p(value: float) -> str:
+    """`p = 0.013`; a value so small that the number of replicas limits it is a bound."""
+    return f"p = {value:.2g}" if value > 0.001 else f"p ≤ {max(value, 0.0001):.1g}"

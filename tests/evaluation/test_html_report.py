@@ -1,0 +1,471 @@
+"""report.html: complete in one file, readable by everyone, and other people's texts stay texts."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+
+import browser
+import numpy as np
+import pytest
+import soundfile
+import tiny
+from datasets import Dataset
+
+from common import metrics
+from common.audio import encode_flac
+from evaluation import charts, diff, html_report, voices
+
+ATTACK = "<script>document.title = 'run'</script><img src=http://127.0.0.1:9/x onerror=run()>"
+TEXTS = [  # id, reference, base, adapter
+    ("one", "एक दोन तीन चार", "एक दोन तीन", "एक दोन तीन चार"),
+    ("two", "मेढक घर", "मेंढक घर", "मेढक पाणी नदी"),
+    ("three", "घर", "घर " * 14, "घर"),
+    ("four", "پانی کہاں ہے", "पानी कहाँ है", "پانی کہاں"),
+    ('<b>"five"&', ATTACK, ATTACK, f"{ATTACK} more"),
+]
+LOOPING = "three"
+
+
+def rates(wer):
+    words = {"substitutions": 1, "deletions": 2, "insertions": 3, "reference_length": 13}
+    return {"unit": "word", "wer": wer, "cer": wer / 2, "words": words, "characters": words}
+
+
+def system(wer):
+    return {
+        "clips": len(TEXTS), "clips_at_cap": 1, "clips_decoded_again": 2, "window": "natural",
+        "wall_seconds": 1.0, "normalisers": {"raw": rates(wer), "keep_marks": rates(wer + 1)},
+    }  # fmt: skip
+
+
+RESULTS = {
+    "base": system(164.7),
+    "adapter": system(68.7),
+    "recipe": {
+        "config": {
+            "model": "/somewhere/whisper-tiny", "split": "test", "context": "auto",
+            "num_beams": 1, "precision": "fp32", "output_dir": "/somewhere/wer",
+        },
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc",
+    },
+}  # fmt: skip
+
+
+def with_statistics():
+    """The same results with intervals, comparisons, groups and confusions."""
+    results = json.loads(json.dumps(RESULTS))
+    for name in ("base", "adapter"):
+        results[name]["normalisers"]["raw"] |= {
+            "wer_interval": [60.1, 77.5], "cer_interval": [30.0, 40.0]
+        }  # fmt: skip
+        group = {"clips": 2, "reference_words": 6, "wer": 50.0, "wer_interval": [40.0, 61.0]}
+        results[name]["breakdown"] = {
+            "duration": [{"group": "0-2 s"} | group], "speaker": [{"group": "ravi"} | group],
+        }  # fmt: skip
+        pair = {"reference": "मेढक", "hypothesis": "मेंढक", "count": 7}
+        results[name]["confusions"] = {"words": [pair], "graphemes": [pair]}
+    compared = {
+        "systems": ["base", "adapter"], "normaliser": "raw", "rate": "wer", "difference": -96.0,
+        "interval": [-110.0, 1.0], "p": 0.06, "distinguishable": False,
+    }  # fmt: skip
+    results["comparisons"] = [compared]
+    results["bootstrap"] = {
+        "replicas": 10000, "seed": 0, "unit": "speaker", "units": 3, "warning": "Only 3 speakers."
+    }  # fmt: skip
+    return results
+
+
+def rows(texts=TEXTS):
+    made = []
+    for number, (name, text, base, adapter) in enumerate(texts):
+        row = {"id": name, "text": text, "seconds": 1.0 + number, "language": "mr"}
+        for key, written in (("base", base), ("adapter", adapter)):
+            row |= {key: written, f"{key}_hit_cap": False, f"{key}_decoded_again": False}
+        made.append(row)
+    return made
+
+
+def write(folder, results=RESULTS, clips=None, audio_mb=0.0, run=()):
+    """Write a report of an evaluation; its text and what was printed."""
+    clips = rows() if clips is None else clips
+    (folder / "wer").mkdir(parents=True)
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("".join(f"{line}\n" for line in run))
+    (folder / "wer" / "wer.json").write_text(json.dumps(results))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in clips)
+    (folder / "wer" / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    flac = [encode_flac(tiny.tone(1.0, pitch=200.0, seed=seed)) for seed in range(len(clips))]
+    dataset = Dataset.from_dict({"id": [row["id"] for row in clips], "audio": flac})
+    adapters = {"base": "", "adapter": str(folder / "run" / "adapter")}
+    printed = html_report.write_report(
+        folder / "wer", dataset, adapters=adapters, audio_mb=audio_mb
+    )
+    return (folder / "wer" / "report.html").read_text(encoding="utf-8"), printed
+
+
+class Elements(html.parser.HTMLParser):
+    """All elements of a page with their attributes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.all = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.all.append((tag, dict(attrs)))
+
+
+# ------ content
+
+
+def test_the_report_shows_rates_intervals_and_whether_a_difference_is_distinguishable(tmp_path):
+    page, printed = write(tmp_path, with_statistics())
+    assert printed.splitlines() == [
+        "raw WER: base 164.7 [60.1, 77.5], adapter 68.7 [60.1, 77.5]",
+        f"report {(tmp_path / 'wer' / 'report.html').as_uri()}",
+    ]
+    text = " ".join(re.sub(r"<[^>]*>", "", page).split())
+    for shown in (
+        "68.7 [60.1, 77.5]", "adapter less base: −96.0 points [−110.0, 1.0], p = 0.06: not "
+        "distinguishable on 5 clips", "10,000 replicas of 3 speakers. Only 3 speakers.",
+        "1 + 2 + 3 of 13", "ravi", "Most confused words of adapter",
+    ):  # fmt: skip
+        assert shown in text, shown
+
+
+def test_the_report_is_written_from_results_without_statistics_too(tmp_path):
+    page, printed = write(tmp_path)
+    assert printed.startswith("raw WER: base 164.7, adapter 68.7\n")
+    assert "Raw WER by length of the clip" in page
+    assert "95 % intervals" not in page
+
+
+def test_the_curves_of_the_run_beside_the_adapter_are_drawn(tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    page, _ = write(tmp_path / "run", run=map(json.dumps, lines))
+    assert "Training of adapter" in page
+    assert page.count("<polyline") == 2
+    damaged, _ = write(tmp_path / "damaged", run=['{"step": 1, "lo'])
+    assert "metrics.jsonl beside it cannot be read" in damaged
+    none, _ = write(tmp_path / "none")
+    assert "polyline" not in re.sub(r"<style>.*?</style>", "", none, flags=re.S)
+
+
+def test_a_curve_skips_what_is_not_finite_and_is_thinned():
+    records = [{"step": step, "loss": float("nan") if step == 5 else 1.0} for step in range(1000)]
+    assert (5.0, 1.0) not in charts.points(records, "loss")
+    assert 0 < len(charts.points(records, "loss")) <= charts.MOST_POINTS
+
+
+def test_the_same_results_give_the_same_bytes_in_any_folder(tmp_path):
+    first, _ = write(tmp_path / "first", with_statistics(), audio_mb=1.0)
+    moved = with_statistics()
+    moved["recipe"]["config"] |= {"model": "/elsewhere/whisper-tiny", "output_dir": "other"}
+    moved["base"]["wall_seconds"] = 2.0
+    second, _ = write(tmp_path / "second", moved, audio_mb=1.0)
+    assert first == second
+    assert "data:audio/ogg" in first
+
+
+def test_what_others_wrote_is_escaped_wherever_it_stands(tmp_path):
+    results = with_statistics()
+    pair = {"reference": ATTACK, "hypothesis": '"><script>', "count": 1}
+    results["adapter"]["confusions"]["words"] = [pair]
+    results["adapter"]["breakdown"]["speaker"][0]["group"] = ATTACK
+    results["recipe"]["config"]["model"] = ATTACK
+    page, _ = write(tmp_path, results)
+    elements = Elements(page).all
+    assert sum(tag == "script" for tag, _ in elements) == 2
+    assert not [tag for tag, _ in elements if tag in ("img", "iframe", "object", "form")]
+    handlers = {name for _, attributes in elements for name in attributes if name[:2] == "on"}
+    assert not handlers
+    assert not [attributes for _, attributes in elements if "style" in attributes]
+
+
+def test_no_address_is_on_the_page(tmp_path):
+    page, _ = write(tmp_path, with_statistics(), audio_mb=1.0)
+    for _, attributes in Elements(page).all:
+        for name in ("src", "href"):
+            if name in attributes:
+                assert attributes[name].startswith(("#", "data:")), attributes
+    metas = [attributes for tag, attributes in Elements(page).all if tag == "meta"]
+    (policy,) = [meta["content"] for meta in metas if "http-equiv" in meta]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "http" not in policy
+
+
+# ------ voices
+
+
+def test_voices_stay_below_the_limit_and_the_page_says_that_it_holds_them(tmp_path):
+    whole, _ = write(tmp_path / "whole", audio_mb=1.0)
+    assert whole.count("<audio") == len(TEXTS)
+    assert f"holds the voices of {len(TEXTS)} clips" in whole
+    uri = len(re.search(r'src="(data:audio[^"]*)"', whole)[1])
+    part, _ = write(tmp_path / "part", audio_mb=2.5 * uri / 1e6)
+    assert 1 <= part.count("<audio") < len(TEXTS)
+    assert sum(map(len, re.findall(r'src="(data:audio[^"]*)"', part))) <= 2.5 * uri
+    without, _ = write(tmp_path / "without", audio_mb=0.0)
+    assert "<audio" not in without
+    assert "This page holds no voices" in without
+
+
+def test_a_voice_has_the_same_bytes_each_time_and_can_be_decoded():
+    pcm = (tiny.tone(1.0, pitch=200.0) * 20_000).astype(np.int16)
+    first, second = voices.data_uri(pcm), voices.data_uri(pcm)
+    assert first == second
+    ogg = base64.b64decode(first.split(",")[1])
+    samples, rate = soundfile.read(io.BytesIO(ogg), dtype="int16")
+    assert (rate, len(samples)) == (16_000, 16_000)
+    assert np.corrcoef(samples, pcm)[0, 1] > 0.9
+
+
+def test_the_checksum_is_the_one_that_libsndfile_writes():
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(1600, np.int16), 16_000, format="OGG", subtype="OPUS")
+    page = bytearray(buffer.getvalue()[: 28 + 19])  # one segment of 19 bytes: OpusHead
+    written, page[voices.CHECKSUM] = page[voices.CHECKSUM], bytes(4)
+    assert voices.checksum(bytes(page)).to_bytes(4, "little") == bytes(written)
+
+
+# ------ differences
+
+
+def test_a_difference_counts_the_errors_that_the_score_counts():
+    for _, reference, base, adapter in TEXTS:
+        for text in (base, adapter):
+            expected = metrics.count_errors(reference, text, "word")
+            found = diff.compare(reference, text)
+            assert (found.errors, found.wer) == (expected.errors, expected.rate)
+
+
+def test_both_texts_can_be_read_from_their_difference():
+    for _, reference, base, adapter in TEXTS[:-1]:
+        for text in (base, adapter):
+            html_text = str(diff.compare(reference, text).html)
+            plain = {}
+            for side in ("del", "ins"):
+                kept = re.sub(rf"<{side}\b.*?</{side}>", "", html_text)
+                plain[side] = re.sub(r"<[^>]*>", "", kept).split()
+            assert plain == {"ins": reference.split(), "del": text.split()}
+
+
+def test_a_vowel_sign_is_never_split_from_its_consonant():
+    assert diff.graphemes("क्षत्रिय") == ["क्ष", "त्रि", "य"]
+    left, right = diff.compare_graphemes("पानी", "पाना")
+    assert (str(left), str(right)) == ("पा<u>नी</u>", "पा<u>ना</u>")
+
+
+# ------ style
+
+
+def luminance(color):
+    channels = (int(color[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first, second):
+    """WCAG 2.2's contrast ratio."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_texts_and_marks_have_the_contrast_of_level_aa(scheme):
+    blocks = re.findall(r":root \{(.*?)\}", html_report.read_part("report.css"), flags=re.S)
+    colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[scheme]))
+    pairs = [("deleted", "deleted-back"), ("inserted", "inserted-back")]
+    pairs += [("warning", "warning-back"), ("warning", "back"), ("back", "text")]
+    for name in ("text", "muted", "link"):
+        pairs += [(name, "back"), (name, "panel")]
+    pairs += [(f"series{number}", "back") for number in range(4)]
+    for front, back in pairs:
+        assert contrast(colors[front], colors[back]) >= 4.5, (front, back)
+
+
+# ------ in a browser
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A report with voices, opened in Chromium."""
+    if not browser.CHROMIUM:
+        pytest.skip("needs Chromium")
+    folder = tmp_path_factory.mktemp("report")
+    more = [(f"clip {n:03d}", "घर " * (n % 7 + 1), "घर", "घर नदी") for n in range(150)]
+    write(folder, with_statistics(), rows(TEXTS + more), audio_mb=0.2)
+    with browser.chromium(tmp_path_factory.mktemp("profile")) as opened:
+        opened.address = (folder / "wer" / "report.html").as_uri()
+        yield opened
+
+
+@pytest.fixture
+def fresh(page):
+    page.open(page.address)
+    yield page
+    assert page.requests() == [page.address]
+    assert not page.complaints()
+
+
+def ids(page):
+    return page.evaluate(
+        "Array.from(document.querySelectorAll('#table tbody .id'), (id) => id.textContent)"
+    )
+
+
+def values(page, column):
+    return page.evaluate(
+        f"Array.from(document.querySelectorAll('#table tbody tr'), "
+        f"(row) => parseFloat(row.cells[{column}].dataset.value))"
+    )
+
+
+def click(page, selector):
+    page.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
+
+
+def search(page, text):
+    page.evaluate(
+        f"document.getElementById('search').value = {json.dumps(text)}, "
+        "document.getElementById('search').dispatchEvent(new Event('input'))"
+    )
+    return ids(page)
+
+
+def status(page):
+    return page.evaluate("document.getElementById('status').textContent")
+
+
+def test_a_click_on_a_heading_sorts_and_a_second_one_turns_the_order(fresh):
+    for key, column in (("seconds", 1), ("wer-0", 2), ("change", 4)):
+        click(fresh, f"[data-key='{key}']")
+        down = values(fresh, column)
+        assert down == sorted(down, reverse=True)
+        click(fresh, f"[data-key='{key}']")
+        up = values(fresh, column)
+        assert up == sorted(up)
+        assert up[0] < down[0]
+    assert fresh.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
+
+
+def test_filters_show_the_clips_that_they_name(fresh):
+    click(fresh, "[data-filter='looping']")
+    assert ids(fresh) == [LOOPING]
+    assert status(fresh) == "1 of 155 clips"
+    click(fresh, "[data-filter='worst']")
+    assert len(ids(fresh)) == 20
+    click(fresh, "[data-filter='improved']")
+    assert {"one", LOOPING} <= set(ids(fresh))
+    assert all(change < 0 for change in values(fresh, 4))
+    click(fresh, "[data-filter='worsened']")
+    assert all(change > 0 for change in values(fresh, 4))
+    click(fresh, "[data-filter='']")
+    assert status(fresh) == "155 of 155 clips, 100 shown"
+    click(fresh, "#more-button")
+    assert len(ids(fresh)) == 155
+
+
+def test_search_finds_ids_and_what_was_said_or_written(fresh):
+    assert search(fresh, "TWO") == ["two"]
+    assert search(fresh, "तीन") == ["one"]
+    assert search(fresh, "पाणी नदी") == ["two"]
+    assert search(fresh, "کہاں") == ["four"]
+    assert search(fresh, "<script>") == ['<b>"five"&']
+    assert search(fresh, "nowhere") == []
+    assert status(fresh) == "0 of 155 clips"
+
+
+def test_texts_of_others_are_not_run(fresh):
+    assert fresh.evaluate("document.title").startswith("raw WER")
+    assert fresh.evaluate("document.images.length") == 0
+
+
+def violation(page, statement):
+    """The directive that a statement in the page violates."""
+    return page.evaluate(
+        "new Promise((done) => { document.addEventListener('securitypolicyviolation', "
+        f"(event) => done(event.effectiveDirective), {{once: true}}); {statement} }})"
+    )
+
+
+def test_the_policy_stops_requests_and_scripts_that_the_report_was_not_written_with(page):
+    page.open(page.address)
+    assert violation(page, "new Image().src = 'http://127.0.0.1:9/';") == "img-src"
+    assert violation(page, "fetch('http://127.0.0.1:9/').catch(() => 0);") == "connect-src"
+    add = "const added = document.createElement('script'); added.textContent = 'window.ran = 1';"
+    assert violation(page, f"{add} document.body.append(added);") == "script-src-elem"
+    assert page.evaluate("window.ran") is None
+
+
+def test_a_dot_and_a_confusion_open_their_clips(fresh):
+    fresh.evaluate(
+        "document.querySelector(\"svg a[href='#clip-1']\").dispatchEvent("
+        "new MouseEvent('click', {bubbles: true, cancelable: true}))"
+    )
+    assert ids(fresh) == ["two"]
+    assert fresh.evaluate("document.activeElement.id") == "clip-1"
+    search(fresh, "")
+    click(fresh, "[data-search]")
+    assert ids(fresh) == ["two"]
+
+
+def test_a_voice_plays(fresh):
+    duration = fresh.evaluate(
+        "(async () => { const audio = document.querySelector('audio'); audio.muted = true;"
+        " await audio.play(); audio.pause(); return audio.duration; })()"
+    )
+    assert duration == pytest.approx(1.0, abs=0.05)
+
+
+def test_everything_is_reached_and_worked_with_the_keyboard(fresh):
+    fresh.evaluate("document.querySelector('[data-filter=looping]').focus()")
+    fresh.press("Enter", "\r")
+    assert ids(fresh) == [LOOPING]
+    fresh.press("Tab")
+    assert fresh.evaluate("document.activeElement.id") == "search"
+    fresh.press("Tab")
+    assert fresh.evaluate("document.activeElement.dataset.key") == "clip"
+    fresh.press(" ", " ")
+    assert fresh.evaluate("document.querySelector('[aria-sort]').cellIndex") == 0
+
+
+def test_without_javascript_every_clip_is_on_the_page(page):
+    page.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        page.open(page.address)
+        document = page.call("DOM.getDocument", depth=0)["root"]["nodeId"]
+
+        def seen(selector):
+            nodes = page.call("DOM.querySelectorAll", nodeId=document, selector=selector)["nodeIds"]
+            boxes = [page.call("DOM.getContentQuads", nodeId=node)["quads"] for node in nodes[-1:]]
+            return len(nodes), all(boxes)
+
+        assert seen("#table tbody tr") == (155, True)
+        assert seen(".noscript")[1]
+    finally:
+        page.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_the_page_is_never_wider_than_the_screen(fresh, width):
+    fresh.resize(width, 800)
+    assert fresh.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_urdu_runs_from_the_right_and_hindi_from_the_left(fresh):
+    search(fresh, "four")
+    directions = fresh.evaluate(
+        "Array.from(document.querySelectorAll('#table .text'), "
+        "(text) => getComputedStyle(text).direction)"
+    )
+    assert directions[0] == "rtl"
+    pieces = fresh.evaluate(
+        "Array.from(document.querySelectorAll('#table del, #table ins'), "
+        "(piece) => piece.tagName + getComputedStyle(piece).direction)"
+    )
+    assert {"DELrtl", "INSltr"} <= set(pieces)
