@@ -1,6 +1,6 @@
 "use strict";
 // Rows are written by html_report.py; here they are only chosen, ordered and shown, a page at a time.
-const PAGE = 100;
+const PAGE = 50; // rows with texts to lay out within a tenth of a second
 const table = document.getElementById("table");
 const body = table.tBodies[0];
 const headers = Array.from(table.tHead.rows[0].cells);
@@ -8,9 +8,9 @@ const search = document.getElementById("search");
 const buttons = Array.from(document.querySelectorAll("[data-filter]"));
 const clips = Array.from(body.rows, (row) => ({
   row,
-  tags: row.dataset.tags.split(" "),
+  tags: row.getAttribute("data-tags").split(" "),
   keys: Array.from(row.cells, (cell, column) =>
-    column === 0 ? cell.firstChild.textContent : parseFloat(cell.dataset.value)),
+    column === 0 ? cell.firstChild.textContent : parseFloat(cell.getAttribute("data-value"))),
   text: null,
 }));
 const byRow = new Map(clips.map((clip) => [clip.row.id, clip]));
@@ -26,12 +26,9 @@ function normalise(text) {
 // What can be searched: id, speaker, reference and transcripts, without what they lack.
 function textOf(clip) {
   if (clip.text === null) {
-    const parts = Array.from(clip.row.querySelectorAll("th bdi, .text"), (part) => {
-      const whole = part.cloneNode(true);
-      whole.querySelectorAll("del").forEach((deleted) => deleted.remove());
-      return normalise(whole.textContent);
-    });
-    clip.text = parts.join("\n");
+    const parts = Array.from(clip.row.querySelectorAll("th bdi, .text"), (part) =>
+      Array.from(part.childNodes, (node) => node.nodeName === "DEL" ? "" : node.textContent).join(""));
+    clip.text = normalise(parts.join(" "));
   }
   return clip.text;
 }

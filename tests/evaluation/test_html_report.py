@@ -360,14 +360,14 @@ def test_filters_show_the_clips_that_they_name(fresh):
     click(fresh, "[data-filter='worst']")
     assert len(ids(fresh)) == 20
     click(fresh, "[data-filter='improved']")
-    assert {"one", LOOPING} <= set(ids(fresh))
+    assert LOOPING in ids(fresh)
     assert all(change < 0 for change in values(fresh, 4))
     click(fresh, "[data-filter='worsened']")
     assert all(change > 0 for change in values(fresh, 4))
     click(fresh, "[data-filter='']")
-    assert status(fresh) == "155 of 155 clips, 100 shown"
+    assert status(fresh) == "155 of 155 clips, 50 shown"
     click(fresh, "#more-button")
-    assert len(ids(fresh)) == 155
+    assert len(ids(fresh)) == 100
 
 
 def test_search_finds_ids_and_what_was_said_or_written(fresh):
