@@ -129,7 +129,7 @@ def read_clips(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[C
                 diff=diff.compare(row["text"], row[name]),
                 hit_cap=row[f"{name}_hit_cap"],
                 decoded_again=row[f"{name}_decoded_again"],
-                loops=diff.text_loops(row[name]),
+                loops=row.get(f"{name}_loops", diff.text_loops(row[name])),
                 logprob=row.get(f"{name}_logprob"),
             )
             for name in systems

@@ -143,6 +143,21 @@ def test_the_report_is_written_from_results_without_statistics_too(tmp_path):
     assert "95 % intervals" not in page
 
 
+@pytest.mark.parametrize("names", [["base"], ["base", "adapter_1", "adapter_2"]])
+def test_any_number_of_systems_is_shown(tmp_path, names):
+    results = {name: system(50.0 + number) for number, name in enumerate(names)}
+    clips = []
+    for row in rows():
+        for name in names:
+            row |= {name: row["base"], f"{name}_logprob": -0.5 if name == "base" else None}
+            row |= {f"{name}_hit_cap": False, f"{name}_decoded_again": False}
+        clips.append(row)
+    page, printed = write(tmp_path, results | {"recipe": RESULTS["recipe"]}, clips)
+    assert all(f"WER {name}" in page for name in names)
+    assert printed.count(", adapter_") == len(names) - 1
+    assert ("a dot a clip" in page) == (len(names) > 1)
+
+
 def test_the_curves_of_the_run_beside_the_adapter_are_drawn(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
     page, _ = write(tmp_path / "run", run=map(json.dumps, lines))
