@@ -191,11 +191,16 @@ def _transcribe_once(
             text = tokenizer.decode(decoded.tokens, skip_special_tokens=True).strip()
             hit_cap, loops = len(decoded.tokens) >= cap, decoding.loops(decoded.tokens)
             prediction = Prediction(
-                str(ids[clip]), text, hit_cap, loops=loops, logprob=decoded.logprob
+                str(ids[clip]), text, hit_cap, loops=loops, logprob=_rounded(decoded.logprob)
             )
             is_failure = window < FULL_WINDOW and (hit_cap or loops)
             attempts[clip] = prediction, is_failure
     return attempts
+
+
+def _rounded(logprob: float | None) -> float | None:
+    """To 3 decimals: the last bits depend on the batch that a clip is decoded in."""
+    return None if logprob is None else round(logprob, 3)
 
 
 def gather(predictions: list[Prediction]) -> dict[str, Prediction]:

@@ -29,8 +29,13 @@ from training import lora  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    """Let each test choose its precision: accelerate keeps the first for the whole process."""
+def fresh_accelerator() -> Iterator[None]:
+    """Let each test choose its precision: accelerate keeps the first for the whole process.
+
+    Reset afterwards, too: fixtures of a module that train are made before this one.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
