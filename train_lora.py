@@ -110,6 +110,19 @@ class Config:
     seed: int = 42  # of everything random
     num_workers: int = 2  # processes that read audio ahead; 0: the main process
 
+    def memory_step(self, device: str) -> memory.Step:
+        """What a training step computes on "cpu" or "cuda", as far as its memory depends on it."""
+        return memory.Step(
+            device=device,
+            bytes_per_value=4 if self.precision == "fp32" else 2,
+            tune=self.tune,
+            lora_targets=tuple(self.lora_targets.split(",")),
+            lora_scope=self.lora_scope,
+            quantize=self.quantize,
+            checkpointing=self.gradient_checkpointing,
+            encoder_cached=self.cache_encoder,
+        )
+
 
 # ------ learning rate
 
@@ -222,20 +235,6 @@ def trainable_model(config: Config, base: WhisperForConditionalGeneration) -> to
         targets=config.lora_targets.split(","),
         dropout=config.lora_dropout,
         scope=config.lora_scope,
-    )
-
-
-def memory_step(config: Config, device: torch.device) -> memory.Step:
-    """What a training step computes, as far as its memory depends on it."""
-    return memory.Step(
-        device=device.type,
-        bytes_per_value=DTYPES[config.precision].itemsize,
-        tune=config.tune,
-        lora_targets=tuple(config.lora_targets.split(",")),
-        lora_scope=config.lora_scope,
-        quantize=config.quantize,
-        checkpointing=config.gradient_checkpointing,
-        encoder_cached=config.cache_encoder,
     )
 
 
@@ -377,7 +376,7 @@ def build(
     reload = partial(load_model, config, accelerator.device, data.tokenizer)
     model = reload()
     fitted = fit_memory(
-        accelerator, model, memory_step(config, accelerator.device),
+        accelerator, model, config.memory_step(accelerator.device.type),
         max_batch_seconds=config.max_batch_seconds, memory_gib=config.memory_gib,
     )  # fmt: skip
     config = replace(

@@ -53,9 +53,18 @@ def keep_marks(text: str, language: str = "") -> str:
     return _split_letters(raw("".join(kept)), language)
 
 
+def graphemes(text: str) -> list[str]:
+    """What a reader sees as characters, without spaces: a vowel sign stays with its consonant.
+
+    >>> graphemes("हिंदी में")
+    ['हिं', 'दी', 'में']
+    """
+    return [cluster for cluster in regex.findall(r"\X", text) if not cluster.isspace()]
+
+
 def _split_letters(text: str, language: str) -> str:
     """A space between all letters, as BasicTextNormalizer has it, in LETTER_LANGUAGES."""
-    return raw(" ".join(regex.findall(r"\X", text))) if language in LETTER_LANGUAGES else text
+    return " ".join(graphemes(text)) if language in LETTER_LANGUAGES else text
 
 
 _basic, _basic_by_letter = BasicTextNormalizer(), BasicTextNormalizer(split_letters=True)

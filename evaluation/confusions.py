@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import regex
 from datasets import Dataset
 from rapidfuzz.distance import Levenshtein
 
-from common.metrics import LETTER_LANGUAGES
+from common.metrics import LETTER_LANGUAGES, graphemes
 from common.predictions import Prediction
 from common.prepared import column
 
@@ -37,15 +36,6 @@ def confusions(
         if language not in LETTER_LANGUAGES:
             words.append(pair)
     return {"words": _most(words, str.split), "graphemes": _most(clusters, graphemes)}
-
-
-def graphemes(text: str) -> list[str]:
-    """What a reader sees as characters, without spaces: a vowel sign stays with its consonant.
-
-    >>> graphemes("हिंदी में")
-    ['हिं', 'दी', 'में']
-    """
-    return [cluster for cluster in regex.findall(r"\X", text) if not cluster.isspace()]
 
 
 def _most(

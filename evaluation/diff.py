@@ -6,11 +6,10 @@ sheet adds the signs - and +, so the difference is readable without color.
 
 from dataclasses import dataclass
 
-import regex
 from markupsafe import Markup
 from rapidfuzz.distance import Levenshtein
 
-from common.decoding import loops
+from common.metrics import graphemes
 
 DELETED = Markup('<del dir="auto">{}</del>')  # a direction of its own: Urdu beside Hindi
 INSERTED = Markup('<ins dir="auto">{}</ins>')
@@ -92,17 +91,3 @@ def compare_graphemes(old: str, new: str) -> tuple[Markup | str, Markup | str]:
         if block.dest_end > block.dest_start:
             right += form.format("".join(written[block.dest_start : block.dest_end]))
     return left, right
-
-
-def graphemes(text: str) -> list[str]:
-    """What readers take for letters: Unicode's extended grapheme clusters."""
-    return regex.findall(r"\X", text)
-
-
-def text_loops(text: str) -> bool:
-    """Whether a text repeats itself, by the rule that decoding has for tokens.
-
-    >>> text_loops("yes " * 12), text_loops("yes, yes, yes")
-    (True, False)
-    """
-    return loops(graphemes(text))

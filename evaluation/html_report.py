@@ -7,7 +7,6 @@ bytes: neither clocks nor paths of the machine are on it.
 
 import base64
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from evaluation import charts, diff, voices
 from evaluation.report import WORST_CLIPS
 
 NAME = "report.html"
-DURATIONS = (0, 2, 5, 10, 20, 30)  # seconds, limits of the groups where wer.json has none
 BREAKDOWNS = {
     "duration": "By duration", "speaker": "By speaker", "language": "By language",
     "unseen_words": "By words not seen in training",
@@ -129,7 +127,7 @@ def read_clips(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[C
                 diff=diff.compare(row["text"], row[name]),
                 hit_cap=row[f"{name}_hit_cap"],
                 decoded_again=row[f"{name}_decoded_again"],
-                loops=row.get(f"{name}_loops", diff.text_loops(row[name])),
+                loops=row[f"{name}_loops"],
                 logprob=row.get(f"{name}_logprob"),
             )
             for name in systems
@@ -187,42 +185,17 @@ def draw_run(records: list[dict[str, Any]] | None) -> list[Markup]:
 # ------ groups of clips
 
 
-def breakdowns_of(results: dict[str, Any], clips: Sequence[Clip]) -> dict[str, dict[str, Any]]:
+def breakdowns_of(systems: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Groups of clips by kind of group and system, with a title and the groups in order."""
-    systems = systems_of(results)
-    found = {name: system.get("breakdown") or {} for name, system in systems.items()}
-    if not any("duration" in own for own in found.values()):
-        found = {name: own | {"duration": by_duration(clips, name)} for name, own in found.items()}
     tables = {}
     for kind, title in BREAKDOWNS.items():
         rows: dict[str, dict[str, dict[str, Any]]] = {}
-        for name, own in found.items():
-            for group in own.get(kind, []):
+        for name, system in systems.items():
+            for group in system["breakdown"].get(kind, []):
                 rows.setdefault(str(group["group"]), {})[name] = group
         if rows:
             tables[kind] = {"title": title, "rows": rows}
     return tables
-
-
-def by_duration(clips: Sequence[Clip], system: str) -> list[dict[str, Any]]:
-    """Raw WER by length of the clip."""
-    groups = []
-    for low, high in itertools.pairwise(DURATIONS):
-        diffs = [
-            transcript.diff
-            for clip in clips
-            for transcript in clip.transcripts
-            if transcript.system == system
-            and (low <= clip.seconds < high or clip.seconds >= high == DURATIONS[-1])
-        ]
-        words = sum(own.reference_words for own in diffs)
-        wer = 100.0 * sum(own.errors for own in diffs) / max(words, 1)
-        if diffs:
-            groups.append(
-                {"group": f"{low}-{high} s", "clips": len(diffs), "reference_words": words,
-                 "wer": wer}
-            )  # fmt: skip
-    return groups
 
 
 def draw_durations(table: dict[str, Any], systems: Sequence[str]) -> Markup:
@@ -264,7 +237,7 @@ def render(
     environment.filters |= {"signed": signed, "interval": show_interval, "p_value": show_p}
     systems = systems_of(results)
     names = list(systems)
-    tables = breakdowns_of(results, clips)
+    tables = breakdowns_of(systems)
     dots = None
     if len(names) > 1:
         pairs = [

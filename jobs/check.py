@@ -244,20 +244,9 @@ def _engine(job: TrainingJob, options: Any) -> Iterator[Rule]:
 
 def _instance(job: TrainingJob, options: Any) -> Iterator[Rule]:
     """Whether the instance type can run the job; of what ZeRO-3 shards the memory is not known."""
-    from common.memory import Step  # imports torch, which `status` does not need
-
     step = None
     if isinstance(job, Train) and "zero3" not in job.accelerate_config:
-        step = Step(
-            device="cuda",
-            bytes_per_value=4 if options.precision == "fp32" else 2,
-            tune=options.tune,
-            lora_targets=tuple(options.lora_targets.split(",")),
-            lora_scope=options.lora_scope,
-            quantize=options.quantize,
-            checkpointing=options.gradient_checkpointing,
-            encoder_cached=options.cache_encoder,
-        )
+        step = options.memory_step("cuda")
     model = "" if job.model_s3 else options.model
     problem = unfit(job.instance_type, model, step, getattr(options, "lora_rank", 0))
     yield problem is not None, str(problem)

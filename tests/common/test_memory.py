@@ -165,7 +165,7 @@ def test_the_micro_batch_fits_what_the_process_may_hold(checkpoint):
     config = train_lora.Config(lora_targets="q_proj,fc2", lora_rank=4, precision="fp32")
     model = train_lora.trainable_model(config, base)
     accelerator = Accelerator(cpu=True)
-    step = train_lora.memory_step(config, accelerator.device)
+    step = config.memory_step(accelerator.device.type)
     assert step == memory.Step("cpu", bytes_per_value=4, lora_targets=("q_proj", "fc2"))
     whole = memory.predict_gib(base.config, memory.count_weights(model), step, seconds=30.0)
     for spare in (0.001, -0.001):

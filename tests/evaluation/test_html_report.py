@@ -34,8 +34,10 @@ def rates(wer):
 
 
 def system(wer):
+    group = {"group": "0-2 s", "clips": 1, "reference_words": 4, "wer": wer, "wer_interval": None}
     return {
         "clips": len(TEXTS), "clips_at_cap": 1, "clips_decoded_again": 2, "window": "natural",
+        "breakdown": {"duration": [group]},
         "wall_seconds": 1.0, "normalisers": {"raw": rates(wer), "keep_marks": rates(wer + 1)},
     }  # fmt: skip
 
@@ -84,6 +86,7 @@ def rows(texts=TEXTS):
         row = {"id": name, "text": text, "seconds": 1.0 + number, "language": "mr"}
         for key, written in (("base", base), ("adapter", adapter)):
             row |= {key: written, f"{key}_hit_cap": False, f"{key}_decoded_again": False}
+            row[f"{key}_loops"] = (name, key) == (LOOPING, "base")
         made.append(row)
     return made
 
@@ -151,6 +154,7 @@ def test_any_number_of_systems_is_shown(tmp_path, names):
         for name in names:
             row |= {name: row["base"], f"{name}_logprob": -0.5 if name == "base" else None}
             row |= {f"{name}_hit_cap": False, f"{name}_decoded_again": False}
+            row[f"{name}_loops"] = row["base_loops"]
         clips.append(row)
     page, printed = write(tmp_path, results | {"recipe": RESULTS["recipe"]}, clips)
     assert all(f"WER {name}" in page for name in names)
