@@ -73,7 +73,7 @@ def uri_problem(s3_uri: str) -> str:
     """What is wrong with an S3 URI, and the remedy; empty if nothing is.
 
     >>> uri_problem("s3://bucket//a")
-    "has an empty name between two slashes, which SageMaker refuses: write s3://bucket/a"
+    'has an empty name between two slashes, which SageMaker refuses: write s3://bucket/a'
     """
     bucket, key = split_uri(s3_uri)
     if not bucket:
