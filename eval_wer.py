@@ -10,31 +10,22 @@ gathered by clip id, and errors are counted over the corpus once.
 
 import math
 import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from common import cli, labels, precision, predictions, whisper
+from common import cli, labels, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
-from common.memory import peak_memory_gib
-from common.metrics import ClipCounts
 from common.precision import DTYPES, Precision
-from common.predictions import DecodeOptions, Prediction
-from common.prepared import column, load_prepared
+from common.prepared import column
 from common.provenance import describe_run
-from common.windows import POSITIONS_PER_SECOND, DecodeWindowMode
-from evaluation.breakdown import breakdown, words_of
-from evaluation.confusions import confusions
+from common.windows import DecodeWindowMode
 from evaluation.html_report import write_report
-from evaluation.report import worst_clips, write_results
-from evaluation.statistics import confidence_correlation, significance
-from evaluation.systems import System, load_system
+from evaluation.report import write_results
+from evaluation.scores import describe_errors, load_clips, score_clips
+from evaluation.systems import load_system
 
 
 @dataclass
@@ -106,78 +97,17 @@ def name_adapters(adapter: str) -> dict[str, str]:
     return {f"adapter_{index}": folder for index, folder in enumerate(adapter.split(","), 1)}
 
 
-def load_split(config: Config) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
-    """The clips to score, the training clips if they are there, and preprocess.json."""
-    splits, report = load_prepared(config.data_dir)
-    if config.split not in splits:
-        raise cli.UserError(
-            f"--split {config.split}: {config.data_dir} has only {', '.join(splits)}: give one"
-        )
-    dataset = splits[config.split]
-    if config.max_clips:
-        dataset = dataset.select(range(min(config.max_clips, len(dataset))))
-    return dataset, splits.get("train"), report
-
-
-def check_languages(config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
+def check_languages(
+    model: str, data_dir: str, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> None:
     """Refuse a model that has no token for a language of the clips."""
     codes = {str(code) for code in column(dataset, "language")}
     unknown = sorted(code for code in codes if not labels.has_language(tokenizer, code))
     if unknown:
         raise cli.UserError(
-            f"--model {config.model}: cannot write {', '.join(unknown)}, the language of clips in "
-            f"--data_dir {config.data_dir}: give a multilingual model that has it"
+            f"--model {model}: cannot write {', '.join(unknown)}, the language of clips in "
+            f"--data_dir {data_dir}: give a multilingual model that has it"
         )
-
-
-# ------ one system
-
-
-def transcribe(
-    config: Config,
-    accelerator: Accelerator,
-    system: System,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    options: DecodeOptions,
-) -> tuple[dict[str, Prediction], dict[str, Any]]:
-    """Decode all clips with a system: predictions by clip id, and how they were decoded."""
-    seconds = column(dataset, "seconds")
-    batches, batch_seconds = predictions.plan_batches(
-        accelerator,
-        system.model.config,
-        seconds,
-        bytes_per_value=system.model.dtype.itemsize,
-        window_mode=system.window_mode,
-        margin=system.margin,
-        batch_seconds=config.batch_seconds,
-        num_beams=config.num_beams,
-    )
-    margin = system.margin.margin / POSITIONS_PER_SECOND
-    silence = f" ({margin:.2f} s after the speech)" if system.window_mode == "natural" else ""
-    say(
-        accelerator,
-        f"decoding with {system.name}, {system.window_mode} window{silence}, "
-        f"{len(batches)} batches",
-    )
-    start = time.perf_counter()
-    own = predictions.transcribe(
-        system.model,
-        tokenizer,
-        dataset,
-        batches[accelerator.process_index :: accelerator.num_processes],
-        options,
-    )
-    texts = predictions.gather(own)
-    wall_seconds, audio_seconds = time.perf_counter() - start, float(np.sum(seconds))
-    return texts, {
-        "window": system.window_mode,
-        "audio_seconds": audio_seconds,
-        "batch_seconds": batch_seconds,
-        "wall_seconds": wall_seconds,
-        "real_time_factor": wall_seconds / audio_seconds,
-        "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far
-    }
 
 
 # ------ main
@@ -198,26 +128,19 @@ def evaluate(config: Config) -> None:
     )
 
     # ------ data
-    dataset, train, report = load_split(config)
+    scores = load_clips(
+        config.data_dir, config.split, max_clips=config.max_clips, num_beams=config.num_beams,
+        num_workers=config.num_workers, quiet=not accelerator.is_main_process,
+    )  # fmt: skip
     tokenizer = labels.load_tokenizer(config.model)
-    check_languages(config, tokenizer, dataset)
+    check_languages(config.model, config.data_dir, tokenizer, scores.dataset)
     say(
         accelerator,
-        f"{config.split}: {len(dataset)} clips, {column(dataset, 'seconds').sum() / 60:.1f} "
-        f"minutes, {accelerator.num_processes} processes, {config.precision}",
-    )
-    options = DecodeOptions(
-        task=report["config"]["task"],
-        tokens_per_second=report["tokens_per_second"]["p999"],
-        num_beams=config.num_beams,
-        num_workers=config.num_workers,
-        quiet=not accelerator.is_main_process,
+        f"{config.split}: {len(scores.dataset)} clips, {scores.seconds / 60:.1f} minutes, "
+        f"{accelerator.num_processes} processes, {config.precision}",
     )
 
     # ------ base and adapters
-    systems: dict[str, dict[str, Any]] = {}
-    texts: dict[str, dict[str, Prediction]] = {}
-    counts: dict[str, dict[str, ClipCounts]] = {}
     adapters = name_adapters(config.adapter)
     base = {"base": ""} if config.compare_base or not adapters else {}
     for name, adapter in (base | adapters).items():
@@ -229,42 +152,17 @@ def evaluate(config: Config) -> None:
             dtype=DTYPES[config.precision],
             device=accelerator.device,
         )
-        texts[name], figures = transcribe(config, accelerator, system, tokenizer, dataset, options)
-        counts[name] = predictions.count_errors(dataset, texts[name], tokenizer, task=options.task)
-        scores = predictions.summarise(texts[name], counts[name])
-        worst = worst_clips(dataset, texts[name], counts[name]["keep_marks"])
-        systems[name] = scores | figures | {"worst": worst}
+        score_clips(scores, name, system, accelerator, tokenizer, config.batch_seconds)
         del system  # before the next one is loaded
 
     # ------ results
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
-        languages = predictions.written_languages(dataset, options.task)
-        seen = None
-        if train is not None:
-            seen = words_of(train, predictions.written_languages(train, options.task))
-        words = {name: own["raw"].words for name, own in counts.items()}
-        groups = breakdown(dataset, languages, seen, words)
-        ids, speakers = column(dataset, "id"), column(dataset, "speaker")
-        for name in systems:
-            confused = confusions(dataset, texts[name], languages)
-            logprobs = [texts[name][str(clip_id)].logprob for clip_id in ids]
-            systems[name] |= {
-                "breakdown": groups[name],
-                "confusions": confused,
-                "logprob_error_correlation": confidence_correlation(logprobs, words[name]),
-            }
-        write_results(
-            folder,
-            dataset,
-            systems,
-            texts,
-            counts,
-            significance(ids, speakers, counts),
-            adapters,
-            describe_run(config),
+        describe_errors(scores)
+        write_results(folder, scores, adapters, describe_run(config))
+        address = write_report(
+            folder, scores.dataset, adapters=adapters, audio_mb=config.report_audio_mb
         )
-        address = write_report(folder, dataset, adapters=adapters, audio_mb=config.report_audio_mb)
         print(address, flush=True)
     close(accelerator)
 

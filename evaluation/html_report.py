@@ -21,7 +21,7 @@ from common.audio import decode_flac
 from common.files import write_text
 from common.prepared import column
 from evaluation import charts, diff, voices
-from evaluation.report import WORST_CLIPS
+from evaluation.scores import WORST_CLIPS
 
 NAME = "report.html"
 BREAKDOWNS = {

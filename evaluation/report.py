@@ -4,36 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from common.files import write_json, write_text
-from common.metrics import ClipCounts
-from common.predictions import Prediction
 from common.prepared import column
-from evaluation.statistics import REPLICAS, Interval, Significance
-
-WORST_CLIPS = 20
+from evaluation.scores import Scores
+from evaluation.statistics import REPLICAS, Interval, Significance, significance
 
 
 def write_results(
-    folder: Path,
-    dataset: Dataset,
-    systems: dict[str, dict[str, Any]],
-    texts: dict[str, dict[str, Prediction]],
-    counts: dict[str, dict[str, ClipCounts]],
-    significance: Significance,
-    adapters: dict[str, str],
-    provenance: dict[str, Any],
+    folder: Path, scores: Scores, adapters: dict[str, str], provenance: dict[str, Any]
 ) -> None:
     """Write predictions.jsonl and wer.json, and print the table.
 
     Args:
-        systems: scores and figures of each system, by its name.
-        texts: predictions of each system by clip id.
-        counts: errors of each system by normaliser, clips in the order of `dataset`.
-        significance: intervals of the rates, and of the differences between systems.
         adapters: folder of each adapter, by the name of its system.
     """
+    dataset, systems, texts, counts = scores.dataset, scores.systems, scores.texts, scores.counts
+    tested = significance(column(dataset, "id"), column(dataset, "speaker"), counts)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     rows = dataset.select_columns(["id", "text", "seconds", "language", "speaker"])
@@ -51,46 +37,20 @@ def write_results(
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     for name, system in systems.items():
         for normaliser, rates in system["normalisers"].items():
-            rates |= significance.intervals[name][normaliser]
+            rates |= tested.intervals[name][normaliser]
     result = systems | {
         "adapters": adapters,
-        "comparisons": significance.comparisons,
-        "bootstrap": significance.bootstrap,
+        "comparisons": tested.comparisons,
+        "bootstrap": tested.bootstrap,
         "recipe": provenance,
     }
     write_text(folder / "predictions.jsonl", "".join(lines))
     write_json(folder / "wer.json", result)
     print(table(systems))
-    print(intervals_shown(systems, significance))
+    print(intervals_shown(systems, tested))
     for name, system in systems.items():
         print(f"{name}: {key_values(system)}")
     print(f"scores {folder / 'wer.json'}, texts {folder / 'predictions.jsonl'}", flush=True)
-
-
-def worst_clips(
-    dataset: Dataset, predictions: dict[str, Prediction], counts: ClipCounts
-) -> list[dict[str, Any]]:
-    """The clips with the most word errors, worst first.
-
-    Args:
-        counts: of the clips of `dataset`, in its order.
-    """
-    rows = []
-    columns = column(dataset, "id"), column(dataset, "text"), counts.words
-    for clip_id, text, words in zip(*columns, strict=True):
-        prediction = predictions[str(clip_id)]
-        rows.append(
-            {
-                "id": prediction.id,
-                "word_errors": words.errors,
-                "reference_words": words.reference_length,
-                "reference": str(text),
-                "hypothesis": prediction.text,
-                "hit_cap": prediction.hit_cap,
-                "decoded_again": prediction.decoded_again,
-            }
-        )
-    return sorted(rows, key=lambda row: (-row["word_errors"], row["id"]))[:WORST_CLIPS]
 
 
 # ------ printed

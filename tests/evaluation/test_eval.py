@@ -14,6 +14,7 @@ import train_lora
 from common import cli, predictions, whisper
 from common.prepared import load_prepared
 from evaluation import report, systems
+from evaluation.scores import worst_clips
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_chinese_is_scored_by_letter_where_it_was_transcribed_and_not_where_tran
     }  # fmt: skip
     assert found["keep_marks"]["wer"] == 100 / 6
     counts = predictions.count_errors(clips.select([0]), said, None, task="transcribe")
-    worst = report.worst_clips(clips.select([0]), said, counts["keep_marks"])[0]
+    worst = worst_clips(clips.select([0]), said, counts["keep_marks"])[0]
     assert (worst["word_errors"], worst["reference_words"]) == (1, 6)
     extra = {"window": "full", "clips_at_cap": 0, "clips_decoded_again": 0}
     extra |= {"clips_looping": 0, "clips_empty": 0}

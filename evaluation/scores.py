@@ -1,0 +1,174 @@
+"""The clips of one prepared folder, and what every system wrote and scored on them."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from common import predictions
+from common.accelerator import say
+from common.cli import UserError
+from common.memory import peak_memory_gib
+from common.metrics import ClipCounts
+from common.predictions import DecodeOptions, Prediction
+from common.prepared import column, load_prepared
+from common.windows import POSITIONS_PER_SECOND
+from evaluation.breakdown import breakdown, words_of
+from evaluation.confusions import confusions
+from evaluation.statistics import confidence_correlation
+from evaluation.systems import System
+
+WORST_CLIPS = 20
+
+
+@dataclass
+class Scores:
+    """Clips of one folder, with the texts and the errors of every system by its name."""
+
+    dataset: Dataset
+    train: Dataset | None  # the training clips, if the folder has them
+    options: DecodeOptions
+    systems: dict[str, dict[str, Any]] = field(default_factory=dict)  # rates and figures
+    texts: dict[str, dict[str, Prediction]] = field(default_factory=dict)  # by clip id
+    counts: dict[str, dict[str, ClipCounts]] = field(default_factory=dict)  # by normaliser
+
+    @property
+    def seconds(self) -> float:
+        return float(column(self.dataset, "seconds").sum())
+
+
+def load_clips(
+    data_dir: str, split: str, *, max_clips: int, num_beams: int, num_workers: int, quiet: bool
+) -> Scores:
+    """The clips of a split, to be scored.
+
+    Args:
+        max_clips: from the first on; 0: all.
+        num_beams, num_workers, quiet: of DecodeOptions.
+
+    Raises:
+        UserError: the folder has no such split.
+    """
+    splits, report = load_prepared(data_dir)
+    if split not in splits:
+        raise UserError(f"--split {split}: {data_dir} has only {', '.join(splits)}: give one")
+    dataset = splits[split]
+    if max_clips:
+        dataset = dataset.select(range(min(max_clips, len(dataset))))
+    options = DecodeOptions(
+        task=report["config"]["task"],
+        tokens_per_second=report["tokens_per_second"]["p999"],
+        num_beams=num_beams,
+        num_workers=num_workers,
+        quiet=quiet,
+    )
+    return Scores(dataset, splits.get("train"), options)
+
+
+def score_clips(
+    scores: Scores,
+    name: str,
+    system: System,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_seconds: float,
+) -> None:
+    """Decode all clips with a system, and add it to the scores as `name`. All processes must call.
+
+    Args:
+        batch_seconds: of window; 0: what fits memory.
+    """
+    dataset, task = scores.dataset, scores.options.task
+    start = time.perf_counter()
+    texts, batch_seconds = transcribe(
+        system, accelerator, tokenizer, dataset, scores.options, batch_seconds
+    )
+    wall_seconds = time.perf_counter() - start
+    counts = predictions.count_errors(dataset, texts, tokenizer, task=task)
+    scores.texts[name], scores.counts[name] = texts, counts
+    scores.systems[name] = predictions.summarise(texts, counts) | {
+        "window": system.window_mode,
+        "audio_seconds": scores.seconds,
+        "batch_seconds": batch_seconds,
+        "wall_seconds": wall_seconds,
+        "real_time_factor": wall_seconds / scores.seconds,
+        "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far
+        "worst": worst_clips(dataset, texts, counts["keep_marks"]),
+    }
+
+
+def transcribe(
+    system: System,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    options: DecodeOptions,
+    batch_seconds: float = 0.0,
+) -> tuple[dict[str, Prediction], float]:
+    """Decode all clips with a system: predictions by clip id, and the seconds of window a batch."""
+    batches, batch_seconds = predictions.plan_batches(
+        accelerator,
+        system.model.config,
+        column(dataset, "seconds"),
+        bytes_per_value=system.model.dtype.itemsize,
+        window_mode=system.window_mode,
+        margin=system.margin,
+        batch_seconds=batch_seconds,
+        num_beams=options.num_beams,
+    )
+    margin = system.margin.margin / POSITIONS_PER_SECOND
+    silence = f" ({margin:.2f} s after the speech)" if system.window_mode == "natural" else ""
+    say(
+        accelerator,
+        f"decoding with {system.name}, {system.window_mode} window{silence}, "
+        f"{len(batches)} batches",
+    )
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    texts = predictions.transcribe(system.model, tokenizer, dataset, own, options)
+    return predictions.gather(texts), batch_seconds
+
+
+def describe_errors(scores: Scores) -> None:
+    """Add to each system where it fails, what it confuses, and what its confidence is worth."""
+    dataset, task = scores.dataset, scores.options.task
+    languages, seen = predictions.written_languages(dataset, task), None
+    if scores.train is not None:
+        seen = words_of(scores.train, predictions.written_languages(scores.train, task))
+    words = {name: counts["raw"].words for name, counts in scores.counts.items()}
+    groups, ids = breakdown(dataset, languages, seen, words), column(dataset, "id")
+    for name, texts in scores.texts.items():
+        logprobs = [texts[str(clip_id)].logprob for clip_id in ids]
+        scores.systems[name] |= {
+            "breakdown": groups[name],
+            "confusions": confusions(dataset, texts, languages),
+            "logprob_error_correlation": confidence_correlation(logprobs, words[name]),
+        }
+
+
+def worst_clips(
+    dataset: Dataset, predictions: dict[str, Prediction], counts: ClipCounts
+) -> list[dict[str, Any]]:
+    """The clips with the most word errors, worst first.
+
+    Args:
+        counts: of the clips of `dataset`, in its order.
+    """
+    rows = []
+    columns = column(dataset, "id"), column(dataset, "text"), counts.words
+    for clip_id, text, words in zip(*columns, strict=True):
+        prediction = predictions[str(clip_id)]
+        rows.append(
+            {
+                "id": prediction.id,
+                "word_errors": words.errors,
+                "reference_words": words.reference_length,
+                "reference": str(text),
+                "hypothesis": prediction.text,
+                "hit_cap": prediction.hit_cap,
+                "decoded_again": prediction.decoded_again,
+            }
+        )
+    return sorted(rows, key=lambda row: (-row["word_errors"], row["id"]))[:WORST_CLIPS]
