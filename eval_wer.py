@@ -73,10 +73,7 @@ def check(config: Config) -> None:
                 bool(repeated),
                 f"--adapter {config.adapter}: {', '.join(repeated)} is given twice: keep one",
             ),
-            (
-                config.batch_seconds < 0,
-                f"--batch_seconds {config.batch_seconds}: give a positive number, or 0",
-            ),
+            *cli.out_of_range(config, not_negative=["batch_seconds"]),
             (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
             (
                 not 0 <= config.report_audio_mb < math.inf,

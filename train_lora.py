@@ -10,7 +10,6 @@ checkpoint, on any number of processes and under any engine.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -20,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -31,20 +29,21 @@ from common.accelerator import close, explain_lost_contact, open_accelerator, sa
 from common.adapter import base_of
 from common.files import write_json
 from common.precision import DTYPES, Precision
-from common.predictions import DecodeOptions, collator_for
+from common.predictions import collator_for
 from common.prepared import column, label_lengths
 from common.provenance import describe_run
-from common.windows import WindowMode, cache_windows, window_policy
+from common.windows import WindowMode, window_policy
 from training import checkpoint, engine, lora
 from training import output as outputs
 from training.data import Data, load_data
 from training.encoder_cache import EncoderCache, load_or_fill
 from training.fit import fit_memory
-from training.journal import Journal, log_rates, open_journal
+from training.journal import Journal, announce, log_rates, open_journal
 from training.meter import Meter, check_norms, explain_not_finite
 from training.occasions import Every, occasions
 from training.output import Output
 from training.plan import TrainPlan, load_steps
+from training.schedule import Decay, learning_rate
 from training.sharded import trained_parameters
 from training.step import StepOptions, TrainState, make_state, train_step
 from training.stop import Stop, agree, listen
@@ -57,8 +56,6 @@ FREE_ON_RESUME = {
     "keep_checkpoints", "max_batch_seconds", "memory_gib", "save_every_minutes", "max_minutes",
     "resume_changed", "collective_timeout", "cache_dir",
 }  # fmt: skip
-
-Tune = Literal["lora", "full", "encoder_frozen"]
 
 
 @dataclass
@@ -79,11 +76,11 @@ class Config:
     # ------ optimizer
     learning_rate: float = 1e-3  # peak, reached after warm-up; for --tune full about 1e-5
     warmup_ratio: float = 0.1  # share of all steps in which the learning rate rises
-    schedule: Literal["linear", "cosine"] = "linear"  # decay to zero after warm-up
+    schedule: Decay = "linear"  # decay to zero after warm-up
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # maximum norm of the gradient
     # ------ what is trained
-    tune: Tune = "lora"  # lora, full (all weights) or encoder_frozen (all but the encoder's)
+    tune: lora.Tune = "lora"  # lora, full (all weights) or encoder_frozen (all but the encoder's)
     lora_rank: int = 32  # rank of the update
     lora_alpha: int = 64  # the update is scaled by alpha / rank
     lora_targets: str = "q_proj,v_proj"  # of q_proj,k_proj,v_proj,out_proj,fc1,fc2
@@ -124,72 +121,29 @@ class Config:
         )
 
 
-# ------ learning rate
-
-
-def learning_rate(step: int, config: Config, total_steps: int) -> float:
-    """Rate of the optimizer step after `step` steps: linear warm-up, then decay to zero."""
-    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
-    if step < warmup_steps:
-        return config.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    share = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.learning_rate * share
-
-
 # ------ options
 
 
 def check(config: Config) -> None:
     """Refuse impossible options, all of them in one message."""
-    targets = config.lora_targets.split(",")
-    unknown = [target for target in targets if target not in lora.LORA_TARGETS]
-    is_lora = config.tune == "lora"
-    scope = config.lora_scope if is_lora else config.tune
-    positive = (
-        "num_epochs", "learning_rate", "lora_rank", "lora_alpha", "max_grad_norm", "eval_every",
-        "save_every", "keep_checkpoints", "log_every", "collective_timeout",
-    )  # fmt: skip
-    not_negative = (
-        "global_batch_size", "max_batch_seconds", "memory_gib", "max_minutes", "save_every_minutes",
-    )  # fmt: skip
-    value = asdict(config)
     cli.refuse(
-        [
-            (
-                bool(unknown),
-                f"--lora_targets {config.lora_targets}: {','.join(unknown)} is not in Whisper: "
-                f"give some of {','.join(lora.LORA_TARGETS)}",
+        lora.problems(
+            tune=config.tune, targets=config.lora_targets, scope=config.lora_scope,
+            quantize=config.quantize, cache_encoder=config.cache_encoder,
+        )
+        + cli.out_of_range(
+            config,
+            positive=(
+                "num_epochs", "learning_rate", "lora_rank", "lora_alpha", "max_grad_norm",
+                "eval_every", "save_every", "keep_checkpoints", "log_every", "collective_timeout",
             ),
-            (
-                not is_lora and config.quantize != "none",
-                f"--tune {config.tune}: weights in 8 or 4 bits cannot be trained, as --quantize "
-                f"{config.quantize} makes them: give --tune lora, or --quantize none",
+            not_negative=(
+                "global_batch_size", "max_batch_seconds", "memory_gib", "max_minutes",
+                "save_every_minutes",
             ),
-            (
-                config.cache_encoder and scope not in ("decoder", "encoder_frozen"),
-                f"--cache_encoder true: the encoder changes with --"
-                f"{'lora_scope' if is_lora else 'tune'} {scope}: give --lora_scope decoder or "
-                "--tune encoder_frozen",
-            ),
-            (
-                not lora.is_scope(config.lora_scope),
-                f"--lora_scope {config.lora_scope}: give all, decoder, or top_ and a number: top_2",
-            ),
-            *(
-                (value[name] <= 0, f"--{name} {value[name]}: give a positive number")
-                for name in positive
-            ),
-            *(
-                (value[name] < 0, f"--{name} {value[name]}: give a positive number, or 0")
-                for name in not_negative
-            ),
-            *(
-                (not 0 <= value[name] < 1, f"--{name} {value[name]}: give a share from 0 up to 1")
-                for name in ("warmup_ratio", "lora_dropout")
-            ),
-        ]
-    )
+            shares=("warmup_ratio", "lora_dropout"),
+        )
+    )  # fmt: skip
 
 
 # ------ build
@@ -229,13 +183,10 @@ def trainable_model(config: Config, base: WhisperForConditionalGeneration) -> to
         lora.train_all(base, encoder=config.tune == "full")
         return base
     return lora.add_lora(
-        base,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        targets=config.lora_targets.split(","),
-        dropout=config.lora_dropout,
+        base, rank=config.lora_rank, alpha=config.lora_alpha,
+        targets=config.lora_targets.split(","), dropout=config.lora_dropout,
         scope=config.lora_scope,
-    )
+    )  # fmt: skip
 
 
 # ------ main
@@ -256,10 +207,9 @@ def train(config: Config, stop: Stop) -> Accelerator:
     whisper.quiet_libraries()
     config = replace(config, precision=precision.choose(config.precision))
     accelerator = open_accelerator(
-        precision=config.precision,
-        output=Path(config.output_dir),
+        precision=config.precision, output=Path(config.output_dir),
         timeout_minutes=config.collective_timeout,
-    )
+    )  # fmt: skip
     engine.check(accelerator, quantize=config.quantize, precision=config.precision)
     stop.join(accelerator, config.collective_timeout)
     data = load_data(config.data_dir, config.model, eval_clips=config.eval_clips, seed=config.seed)
@@ -274,12 +224,11 @@ def train(config: Config, stop: Stop) -> Accelerator:
     state, output, plan = run.state, run.output, run.plan
     journal, meter = start(run, resumed_from, saved)
     done, reason = saved["step"], ""
-    cache, cache_seconds = cache_outputs(run) if config.cache_encoder else (None, None)
+    cache = cache_outputs(run) if config.cache_encoder else None
     if cache is not None:
         plan = replace(plan, windows=cache.windows)
 
     # ------ the loop
-    first_step_seconds = None  # since the process was started
     options = StepOptions(config.seed, config.max_grad_norm, run.config.max_batch_seconds)
     steps = load_steps(
         plan, data.train, collator_for(base_of(state.model)), first=done, total=run.total_steps,
@@ -288,14 +237,16 @@ def train(config: Config, stop: Stop) -> Accelerator:
     mark = time.perf_counter()
     for step, pieces in steps:
         began = time.monotonic()
-        rate = learning_rate(step.number, config, run.total_steps)
+        rate = learning_rate(
+            step.number, run.total_steps, peak=config.learning_rate,
+            warmup_ratio=config.warmup_ratio, decay=config.schedule,
+        )  # fmt: skip
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         train_step(state, step, pieces, meter, stop, options)
         audio_seconds = float(plan.seconds[list(step.batch.clips)].sum())
         meter.add(step, audio_seconds=audio_seconds, seconds=time.perf_counter() - mark)
         journal.bar.update()
-        first_step_seconds = first_step_seconds or time.time() - psutil.Process().create_time()
 
         # ------ once in a while
         done = step.number + 1
@@ -328,8 +279,8 @@ def train(config: Config, stop: Stop) -> Accelerator:
     figures = {
         "steps": run.total_steps,
         "wall_seconds": time.perf_counter() - started,
-        "first_step_seconds": first_step_seconds,
-        "encoder_cache_seconds": cache_seconds,
+        "first_step_seconds": meter.first_step_seconds,
+        "encoder_cache_seconds": cache and cache.seconds,
         "peak_memory_gib": memory.peak_memory_gib(),
         "processes": accelerator.num_processes,
         "engine": engine.name(accelerator),
@@ -394,13 +345,10 @@ def build(
     )  # fmt: skip
     validation = None
     if data.validation is not None:
-        options = DecodeOptions(
-            data.report["config"]["task"], data.report["tokens_per_second"]["p999"],
-            num_workers=config.num_workers,
-        )  # fmt: skip
         validation = Validation(
-            data.validation, collator_for(base_of(model)), data.tokenizer, options, config.context,
-            config.max_batch_seconds, DTYPES[config.precision].itemsize, reload,
+            data.validation, collator_for(base_of(model)), data.tokenizer,
+            data.decode_options(config.num_workers), config.context, config.max_batch_seconds,
+            DTYPES[config.precision].itemsize, reload,
         )  # fmt: skip
     plan = TrainPlan(
         seconds=column(data.train, "seconds"),
@@ -421,7 +369,13 @@ def build(
         Path(config.output_dir), "adapter" if config.tune == "lora" else "model", config.model,
         provenance, identity, config.keep_checkpoints, best,
     )  # fmt: skip
-    describe(config, state, plan, total_steps, fitted)
+    announce(
+        accelerator, plan, fitted, total_steps=total_steps,
+        num_trainable=sum(param.numel() for param in trained_parameters(state.model).values()),
+        weights=f"{config.precision}, base {config.quantize}",
+    )  # fmt: skip
+    if config.tune != "lora" and config.learning_rate > FULL_RATE:
+        say(accelerator, f"warning: --learning_rate {config.learning_rate:g} is for LoRA: try 1e-5")
     return Run(config, state, data, validation, plan, total_steps, every, output, reload)
 
 
@@ -456,46 +410,20 @@ def start(run: Run, resumed_from: str, saved: dict[str, Any]) -> tuple[Journal, 
     return journal, meter
 
 
-def cache_outputs(run: Run) -> tuple[EncoderCache, float]:
-    """The outputs of a frozen encoder for all training clips, and the seconds that they took."""
-    started, config = time.perf_counter(), run.config
-    base = base_of(run.state.model)
-    windows = cache_windows(run.plan.seconds, config.context)
-    dtype = held_dtype(config)
-    folder = Path(config.cache_dir or run.output.folder / "encoder_cache")
-    cache = EncoderCache(folder, windows, base.config.d_model, dtype)
+def cache_outputs(run: Run) -> EncoderCache:
+    """The outputs of a frozen encoder for all training clips."""
+    config, output = run.config, run.output
     identity = {
         "model": config.model,
-        "base_probe": run.output.provenance["base_probe"],
-        "data_dir": run.output.identity["data_dir"],
-        "dtype": str(dtype),
-        "positions": int(windows.sum()),
+        "base_probe": output.provenance["base_probe"],
+        "data_dir": output.identity["data_dir"],
     }
-    load_or_fill(
-        cache, identity, run.state, run.reload, run.data.train, collator_for(base),
-        batch_seconds=config.max_batch_seconds, num_workers=config.num_workers,
+    return load_or_fill(
+        Path(config.cache_dir or output.folder / "encoder_cache"), identity, run.state, run.reload,
+        run.data.train, collator_for(base_of(run.state.model)), window_mode=config.context,
+        dtype=held_dtype(config), batch_seconds=config.max_batch_seconds,
+        num_workers=config.num_workers,
     )  # fmt: skip
-    return cache, time.perf_counter() - started
-
-
-def describe(
-    config: Config, state: TrainState, plan: TrainPlan, total_steps: int, fitted: memory.MemoryPlan
-) -> None:
-    """Say what is about to be trained."""
-    accelerator = state.accelerator
-    num_trainable = sum(param.numel() for param in trained_parameters(state.model).values())
-    lines = [
-        f"{len(plan.seconds)} clips, {plan.seconds.sum() / 3600:.2f} hours; {total_steps} steps of "
-        f"{plan.global_batch_size} clips on {accelerator.num_processes} processes "
-        f"({engine.name(accelerator)}); {num_trainable:,} trainable parameters; "
-        f"{accelerator.device.type}, {config.precision}, base {config.quantize}",
-        f"micro-batches of {fitted.max_batch_seconds:g} s of window, "
-        f"{fitted.predicted_gib:.1f} GiB at most by formula"
-        + (", gradient checkpointing" if fitted.checkpointing else ""),
-    ]
-    if config.tune != "lora" and config.learning_rate > FULL_RATE:
-        lines.append(f"warning: --learning_rate {config.learning_rate:g} is for LoRA: try 1e-5")
-    say(accelerator, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -40,6 +40,30 @@ def refuse(rules: Iterable[tuple[bool, str]]) -> None:
     messages = [message for is_broken, message in rules if is_broken]
     if messages:
         raise UserError("; ".join(messages))
+
+
+def out_of_range(
+    config: Any,
+    *,
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+    shares: Sequence[str] = (),
+) -> list[tuple[bool, str]]:
+    """Rules for `refuse` about numeric options, by their names in `config`; shares are below 1.
+
+    >>> from types import SimpleNamespace
+    >>> out_of_range(SimpleNamespace(seed=-1), not_negative=["seed"])
+    [(True, '--seed -1: give a positive number, or 0')]
+    """
+    value = vars(config)
+    return [
+        *((not value[name] > 0, f"--{name} {value[name]}: give a positive number")
+          for name in positive),
+        *((not value[name] >= 0, f"--{name} {value[name]}: give a positive number, or 0")
+          for name in not_negative),
+        *((not 0 <= value[name] < 1, f"--{name} {value[name]}: give a share from 0 up to 1")
+          for name in shares),
+    ]  # fmt: skip
 
 
 def first_line(error: BaseException) -> str:

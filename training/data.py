@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common import cli, labels
+from common.predictions import DecodeOptions
 from common.prepared import load_prepared
 
 
@@ -19,6 +20,13 @@ class Data:
     validation: Dataset | None
     tokenizer: PreTrainedTokenizerBase
     report: dict[str, Any]  # preprocess.json
+
+    def decode_options(self, num_workers: int) -> DecodeOptions:
+        """How the validation clips are decoded."""
+        tokens_per_second = self.report["tokens_per_second"]["p999"]
+        return DecodeOptions(
+            self.report["config"]["task"], tokens_per_second, num_workers=num_workers
+        )
 
 
 def load_data(data_dir: str, model: str, *, eval_clips: int, seed: int) -> Data:

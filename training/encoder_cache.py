@@ -8,8 +8,9 @@ Legend: B batch, C encoder positions, D width.
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from datasets import Dataset
 
 from common import batching, whisper
 from common.accelerator import say
+from common.adapter import base_of
 from common.batching import MicroBatch
 from common.cli import UserError
 from common.collator import SpeechCollator, load_batches
 from common.files import write_json
 from common.prepared import column
 from common.progress import track
+from common.windows import WindowMode, cache_windows
 from training.step import TrainState
 from training.validation import decoding_model
 
@@ -40,6 +43,7 @@ class EncoderCache:
     windows: np.ndarray  # (clips,) positions of each clip's own window
     width: int  # D
     dtype: torch.dtype
+    seconds: float = 0.0  # that finding it or filling it took
 
     @property
     def num_values(self) -> int:
@@ -106,24 +110,31 @@ def make_room(cache: EncoderCache) -> None:
 
 
 def load_or_fill(
-    cache: EncoderCache,
+    folder: Path,
     identity: dict[str, Any],
     state: TrainState,
     reload: Callable[[], torch.nn.Module],
     dataset: Dataset,
     collate: SpeechCollator,
     *,
+    window_mode: WindowMode,
+    dtype: torch.dtype,
     batch_seconds: float,
     num_workers: int,
-) -> None:
+) -> EncoderCache:
     """Find the cache complete, or encode every clip once on each machine. All processes must call.
 
     Args:
-        identity: of what is cached: a complete cache with another one is made anew.
+        folder: of the cache.
+        identity: of model and data: a complete cache with another one is made anew.
         reload: loads the model anew, for engines that shard it.
+        dtype: of the states.
         batch_seconds: of window that is encoded at once.
     """
-    accelerator = state.accelerator
+    accelerator, start = state.accelerator, time.perf_counter()
+    windows = cache_windows(column(dataset, "seconds"), window_mode)
+    cache = EncoderCache(folder, windows, base_of(state.model).config.d_model, dtype)
+    identity = identity | {"dtype": str(dtype), "positions": int(windows.sum())}
     is_first = accelerator.is_local_main_process  # of this machine
     filled = is_filled(cache, identity)
     accelerator.wait_for_everyone()  # all have looked
@@ -133,7 +144,7 @@ def load_or_fill(
         + (", found complete" if filled else ""),
     )
     if filled:
-        return
+        return replace(cache, seconds=time.perf_counter() - start)
     if is_first:
         make_room(cache)
     accelerator.wait_for_everyone()
@@ -150,3 +161,4 @@ def load_or_fill(
     if is_first:
         write_json(cache.folder / "cache.json", identity)
     accelerator.wait_for_everyone()
+    return replace(cache, seconds=time.perf_counter() - start)

@@ -9,8 +9,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from common.accelerator import say
 from common.files import write_text
+from common.memory import MemoryPlan
+from training import engine
 from training.meter import Meter
+from training.plan import TrainPlan
 
 
 @dataclass
@@ -57,6 +61,34 @@ def _keep_until(metrics: Path, last_step: int, evaluated: bool) -> None:
         if record["step"] <= last_step and not done_again:
             kept.append(line)
     write_text(metrics, "".join(f"{line}\n" for line in kept))
+
+
+def announce(
+    accelerator: Accelerator,
+    plan: TrainPlan,
+    fitted: MemoryPlan,
+    *,
+    total_steps: int,
+    num_trainable: int,
+    weights: str,
+) -> None:
+    """Say what is about to be trained.
+
+    Args:
+        fitted: the micro-batch.
+        num_trainable: parameters.
+        weights: precision and quantisation.
+    """
+    say(
+        accelerator,
+        f"{len(plan.seconds)} clips, {plan.seconds.sum() / 3600:.2f} hours; {total_steps} steps of "
+        f"{plan.global_batch_size} clips on {accelerator.num_processes} processes "
+        f"({engine.name(accelerator)}); {num_trainable:,} trainable parameters; "
+        f"{accelerator.device.type}, {weights}\n"
+        f"micro-batches of {fitted.max_batch_seconds:g} s of window, "
+        f"{fitted.predicted_gib:.1f} GiB at most by formula"
+        + (", gradient checkpointing" if fitted.checkpointing else ""),
+    )
 
 
 def log(journal: Journal, record: dict[str, float]) -> None:

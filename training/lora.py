@@ -7,13 +7,15 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+Tune = Literal["lora", "full", "encoder_frozen"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 FEATURE_ROOM = 2**33  # between the seeds of two modules' masks
@@ -122,6 +124,35 @@ def train_all(base: WhisperForConditionalGeneration, *, encoder: bool) -> None:
         is_encoder = name.startswith("model.encoder.")
         fixed = name == "model.encoder.embed_positions.weight" or (is_encoder and not encoder)
         parameter.requires_grad = not fixed
+
+
+def problems(
+    *, tune: Tune, targets: str, scope: str, quantize: str, cache_encoder: bool
+) -> list[tuple[bool, str]]:
+    """Rules for `cli.refuse` about what is trained."""
+    unknown = [target for target in targets.split(",") if target not in LORA_TARGETS]
+    option, trained = ("lora_scope", scope) if tune == "lora" else ("tune", tune)
+    return [
+        (
+            bool(unknown),
+            f"--lora_targets {targets}: {','.join(unknown)} is not in Whisper: give some of "
+            f"{','.join(LORA_TARGETS)}",
+        ),
+        (
+            tune != "lora" and quantize != "none",
+            f"--tune {tune}: weights in 8 or 4 bits cannot be trained, as --quantize {quantize} "
+            "makes them: give --tune lora, or --quantize none",
+        ),
+        (
+            cache_encoder and trained not in ("decoder", "encoder_frozen"),
+            f"--cache_encoder true: the encoder changes with --{option} {trained}: give "
+            "--lora_scope decoder or --tune encoder_frozen",
+        ),
+        (
+            not is_scope(scope),
+            f"--lora_scope {scope}: give all, decoder, or top_ and a number: top_2",
+        ),
+    ]
 
 
 def is_scope(scope: str) -> bool:

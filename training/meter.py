@@ -5,9 +5,11 @@ evaluated.
 """
 
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from datasets import Dataset
 
@@ -30,11 +32,14 @@ class Meter:
     seconds: float = 0.0
     norms: list[tuple[Step, torch.Tensor]] = field(default_factory=list)  # not looked at yet
     last_norm: float | None = None  # of the last step that was taken
+    first_step_seconds: float | None = None  # from the start of the process to its first step
     skipped: int = 0  # steps of the whole run that overflowed in fp16
     skipped_in_row: int = 0  # the last of them
 
     def add(self, step: Step, *, audio_seconds: float, seconds: float) -> None:
         """Count a step that was computed in `seconds`; `train_step` adds its loss and norm."""
+        if self.first_step_seconds is None:
+            self.first_step_seconds = time.time() - psutil.Process().create_time()
         self.tokens += step.num_tokens
         self.clips += len(step.batch.clips)
         self.audio_seconds += audio_seconds

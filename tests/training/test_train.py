@@ -18,7 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import eval_wer
-import train_lora
 from common import cli, predictions, whisper
 from common.batching import MicroBatch
 from common.collator import load_batches
@@ -27,6 +26,7 @@ from training import checkpoint as checkpoint_files
 from training import step as steps
 from training import validation
 from training.loss import SpeechLoss
+from training.schedule import learning_rate
 
 
 @pytest.fixture
@@ -152,9 +152,9 @@ def test_a_corpus_without_validation_trains_to_its_end(options, checkpoint, tmp_
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
-    for schedule in ("linear", "cosine"):
-        config = train_lora.Config(learning_rate=2.0, warmup_ratio=0.1, schedule=schedule)
-        rates = [train_lora.learning_rate(step, config, 100) for step in range(101)]
+    for decay in ("linear", "cosine"):
+        options = {"peak": 2.0, "warmup_ratio": 0.1, "decay": decay}
+        rates = [learning_rate(step, 100, **options) for step in range(101)]
         assert rates[9] == rates[10] == 2.0
         assert rates[4] == pytest.approx(1.0)
         assert rates[55] == pytest.approx(1.0)
