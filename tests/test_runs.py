@@ -1,5 +1,6 @@
 """The reference runs are scripts that work."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,5 +31,7 @@ def test_the_measuring_run_scores_base_and_adapter_at_both_windows(checkpoint, t
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for name in ("base_natural", "base_full", "adapter_natural", "adapter_full"):
-        assert (tmp_path / "out" / f"wer_{name}" / "wer.json").is_file(), name
+    for window in ("natural", "full"):
+        scores = json.loads((tmp_path / "out" / f"wer_{window}" / "wer.json").read_text())
+        for system in ("base", "adapter"):
+            assert scores[system]["window"] == window, (window, system)

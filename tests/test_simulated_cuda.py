@@ -73,19 +73,20 @@ def test_products_are_in_the_precision_asked_for_and_sums_in_float32():
 
 
 def cases():
-    """Real dimensions, each branch of the formula once."""
+    """Real widths, each branch of the formula once."""
     four, short = simulated_memory.FOUR, simulated_memory.SHORT
     again = simulated_memory.AGAIN
     six = {"targets": simulated_memory.ALL_TARGETS}
     turbo = [four, again, {"tune": "full"} | four, {"tune": "full"} | again]
-    small = [
+    trained = [
         six | short, six | again, {"quantize": "int8"} | four, {"quantize": "int8"} | again,
         {"quantize": "int8"} | six | four, {"quantize": "nf4"} | four, {"precision": "fp32"} | four,
         {"tune": "encoder_frozen"} | four, {"scope": "top_2"} | four, {"scope": "decoder"} | four,
         {"scope": "decoder"} | simulated_memory.CACHED,
-        *({"decode": True} | one for one in simulated_memory.DECODED),
     ]  # fmt: skip
-    return [{"model": "turbo"} | one for one in turbo] + [{"model": "small"} | one for one in small]
+    decoded = [{"decode": True} | batch for batch in simulated_memory.DECODED]
+    named = [("turbo", turbo), ("half of small", trained), ("small", decoded)]
+    return [{"model": model} | case for model, own in named for case in own]
 
 
 def test_the_estimate_is_within_fifteen_per_cent_of_the_simulated_peak_and_hardly_below():
