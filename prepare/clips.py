@@ -104,7 +104,10 @@ def read_pcm(row: Row, options: ClipOptions) -> np.ndarray:
             start_seconds=row.start_seconds,
             end_seconds=row.end_seconds,
             max_seconds=options.max_seconds,
+            channels=row.channels,
         )
+    except reading.NoChannelError as error:
+        raise DroppedError(reasons.MALFORMED_ROW, f"channel {row.channel} {error}") from error
     except reading.NeedsPyAVError as error:
         raise DroppedError(reasons.NEEDS_PYAV, str(error)) from error
     except audio.AudioError as error:

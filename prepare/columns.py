@@ -1,4 +1,4 @@
-"""What the columns of a table mean: path, text, speaker, language, split, start and end.
+"""What the columns of a table mean: path, text, speaker, language, split, start, end, channel.
 
 Names are compared without case, spaces and punctuation: `Audio Path` and `audio_path` are both
 `audiopath`.
@@ -14,6 +14,8 @@ TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription")
 SPEAKER_COLUMNS = ("speaker", "speakerid", "clientid", "spk", "spkid", "speakername")
 LANGUAGE_COLUMNS = ("language", "lang", "locale", "languagecode", "langcode")
 SPLIT_COLUMNS = ("split",)
+# Not `channels`, which is usually their number.
+CHANNEL_COLUMNS = ("channel", "channelid", "channelindex", "channelnumber", "audiochannel", "ch")
 
 # How pandas, numpy, Python, R and spreadsheets spell a missing cell. As a text, `null` is a word:
 # German for zero.
@@ -29,6 +31,8 @@ TIME = re.compile(
     r"|(?P<unread>samples?|frames?|us|usecs?|microseconds?|ns|nanoseconds?|ticks?|bytes?))"
 )
 SAME_SECONDS = 0.005  # times that differ by less are equal, but rounded differently
+CHANNEL_NUMBER = re.compile(r"(?:ch(?:annel)?[ _-]?)?(\d{1,3})(?:\.0*)?")  # 0, 1.0, ch1, channel 2
+CHANNEL_NAMES = {"left": 0, "l": 0, "a": 0, "right": 1, "r": 1, "b": 1}
 CLOCK = re.compile(r"(?:(\d+):)?([0-5]?\d):([0-5]?\d(?:[.,]\d+)?)")  # 1:02:03.5, 02:03,5
 
 
@@ -101,7 +105,40 @@ def is_time(name: str) -> bool:
 def is_known(name: str) -> bool:
     """Whether a column has a meaning for preprocess.py."""
     known = (PATH_COLUMNS, TEXT_COLUMNS, SPEAKER_COLUMNS, LANGUAGE_COLUMNS, SPLIT_COLUMNS)
-    return any(name in names for names in known) or _time_role(name) is not None
+    is_role = any(name in names for names in (*known, CHANNEL_COLUMNS))
+    return is_role or _time_role(name) is not None
+
+
+def channel(record: dict[str, Any]) -> str:
+    """A row's channel as the source writes it, or `""`; a list of one is that one."""
+    value = next((record[name] for name in CHANNEL_COLUMNS if name in record), None)
+    if isinstance(value, list):
+        value = value[0] if len(value) == 1 else str(value)
+    text = as_text(value)
+    return "" if text in MISSING_ID else text
+
+
+def number_channels(values: set[str]) -> dict[str, tuple[int, ...]]:
+    """Which channel of a file, from 0, each value of a column means; others are left out.
+
+    Numbers start at 0 if any of the source is 0, and at 1 if there is none but there are larger
+    ones than 1. A lone 1 is the first or the second: in a mono file, the first.
+
+    >>> number_channels({"1", "2"}), number_channels({"0", "right", "BBC"}), number_channels({"1"})
+    ({'1': (0,), '2': (1,)}, {'0': (0,), 'right': (1,)}, {'1': (0, 1)})
+    """
+    matches = {value: CHANNEL_NUMBER.fullmatch(value.lower()) for value in values}
+    numbers = {value: int(match[1]) for value, match in matches.items() if match}
+    names = {
+        value: (CHANNEL_NAMES[value.lower()],) for value in values if value.lower() in CHANNEL_NAMES
+    }
+    if 0 in numbers.values():
+        numbered = {value: (number,) for value, number in numbers.items()}
+    elif max(numbers.values(), default=0) > 1:
+        numbered = {value: (number - 1,) for value, number in numbers.items()}
+    else:
+        numbered = dict.fromkeys(numbers, (0, 1))
+    return dict(sorted((numbered | names).items()))
 
 
 def times(record: dict[str, Any]) -> tuple[float | None, float | None]:

@@ -74,7 +74,7 @@ def _read_splits(source: HubSource) -> Iterator[Row]:
         features = dataset.features or {}
         if not _is_array(features.get(source.audio_column)):
             dataset = dataset.cast_column(source.audio_column, Audio(decode=False))
-        _report_times(source, features)
+        _report_unused(source, features)
         class_labels = {
             name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)
         }
@@ -148,11 +148,16 @@ def _is_array(feature: Any) -> bool:
     return "array" in names or type(feature).__name__ in ("List", "LargeList", "Sequence")
 
 
-def _report_times(source: HubSource, features: dict[str, Any]) -> None:
-    """Print that columns of times are not used: a Hub dataset's audio is cut already."""
-    times = [name for name in features if columns.is_time(columns.column_name(name))]
-    if times:
-        print(f"the audio of {source.option} is used whole: {', '.join(times)} are ignored")
+def _report_unused(source: HubSource, features: dict[str, Any]) -> None:
+    """Print that times and channels are not used: a Hub dataset's audio is cut already."""
+    names = {name: columns.column_name(name) for name in features}
+    unused = [
+        name
+        for name, plain in names.items()
+        if columns.is_time(plain) or plain in columns.CHANNEL_COLUMNS
+    ]
+    if unused:
+        print(f"the audio of {source.option} is used whole: {', '.join(unused)} are ignored")
 
 
 def _spell_class_labels(

@@ -3,7 +3,7 @@
 import io
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,12 +31,17 @@ class NeedsPyAVError(AudioError):
     """A container that PyAV would read, but PyAV is not installed."""
 
 
+class NoChannelError(AudioError):
+    """A channel that the file does not have, or that is not one of it alone."""
+
+
 def read_audio(
     source: Path | str | BinaryIO,
     *,
     start_seconds: float = 0.0,
     end_seconds: float | None = None,
     max_seconds: float | None = None,
+    channels: Sequence[int] = (),
 ) -> np.ndarray:
     """Decode audio, or a part of it, from any container that soundfile or PyAV reads.
 
@@ -45,12 +50,15 @@ def read_audio(
         start_seconds, end_seconds: the part to read; `None` is the end of the file.
         max_seconds: decoding stops half a second later, so that a file of hours takes no more
             memory than a clip. A result that is longer than `max_seconds` is not the whole clip.
+        channels: exactly one of these, from 0, must be in the file, and is read; none: the mean of
+            all.
 
     Returns:
         float32 (N,) at 16 kHz, in [-1, 1] except for overshoot of the resampler.
 
     Raises:
         NeedsPyAVError: the container needs PyAV, which is not installed.
+        NoChannelError: none of `channels` is in the file, or several are.
         AudioError: the audio is unreadable or damaged, or the part ends before it starts.
     """
     if end_seconds is not None and end_seconds <= start_seconds:
@@ -59,21 +67,36 @@ def read_audio(
     if max_seconds is not None:
         duration = min(duration or math.inf, max_seconds + 0.5)
     try:
-        return _read_soundfile(source, start_seconds, duration)
+        return _read_soundfile(source, start_seconds, duration, channels)
     except AudioError:
         raise
     except (RuntimeError, OSError, TypeError, ValueError) as error:  # TypeError: headerless .raw
-        return _read_av(source, start_seconds, duration, reason=_reason(error))
+        return _read_av(source, start_seconds, duration, channels, reason=_reason(error))
 
 
-def _to_mono(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (N, channels) at any rate as (N,) at 16 kHz."""
-    mono = samples.mean(axis=1, dtype=np.float32)
+def _to_mono(samples: np.ndarray, rate: int, channels: Sequence[int]) -> np.ndarray:
+    """Samples (N, channels) at any rate as (N,) at 16 kHz: one of `channels`, or the mean."""
+    if channels:
+        mono = samples[:, _choose(channels, samples.shape[1])]
+    else:
+        mono = samples.mean(axis=1, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError("samples are not finite numbers")
     if rate == SAMPLE_RATE or not len(mono):
         return mono
     return soxr.resample(mono, rate, SAMPLE_RATE).astype(np.float32, copy=False)
+
+
+def _choose(channels: Sequence[int], count: int) -> int:
+    """The only one of `channels` that a file of `count` channels has."""
+    present = [channel for channel in channels if channel < count]
+    if not present:
+        raise NoChannelError(f"is not in the file, which has {count} channels")
+    if len(present) > 1:
+        raise NoChannelError(
+            "is the first or the second: no other row tells which: write left or right"
+        )
+    return present[0]
 
 
 def _reason(error: Exception) -> str:
@@ -82,24 +105,32 @@ def _reason(error: Exception) -> str:
 
 
 def _read_soundfile(
-    source: Path | str | BinaryIO, start_seconds: float, duration: float | None
+    source: Path | str | BinaryIO,
+    start_seconds: float,
+    duration: float | None,
+    channels: Sequence[int],
 ) -> np.ndarray:
     """Read as much as the header announces, and all streams of a file that has more than that."""
     if hasattr(source, "read"):
         source.seek(0)
-        return _read_open(source, source, start_seconds, duration)
+        return _read_open(source, source, start_seconds, duration, channels)
     with Path(source).open("rb", buffering=0) as file:
         try:
-            return _read_open(file, file.fileno(), start_seconds, duration)
+            return _read_open(file, file.fileno(), start_seconds, duration, channels)
         except soundfile.LibsndfileError as error:
             if error.code != UNKNOWN_FORMAT:
                 raise
     with soundfile.SoundFile(source) as sound:  # by its suffix, such as mp3 behind other bytes
-        return _to_mono(_read_part(sound, sound.frames, start_seconds, duration), sound.samplerate)
+        samples = _read_part(sound, sound.frames, start_seconds, duration)
+        return _to_mono(samples, sound.samplerate, channels)
 
 
 def _read_open(
-    file: BinaryIO, handle: int | BinaryIO, start_seconds: float, duration: float | None
+    file: BinaryIO,
+    handle: int | BinaryIO,
+    start_seconds: float,
+    duration: float | None,
+    channels: Sequence[int],
 ) -> np.ndarray:
     """Read an open file. Its position afterwards shows whether the decoder reached its end."""
     try:
@@ -111,16 +142,20 @@ def _read_open(
                     duration * sound.samplerate
                 )
                 if is_complete or not streams.has_more(_content(file), container, file.tell()):
-                    return _to_mono(samples, sound.samplerate)
+                    return _to_mono(samples, sound.samplerate, channels)
     except soundfile.LibsndfileError as error:
         container = streams.container_of("", _content(file)[:12])
         if error.code == UNKNOWN_FORMAT or not container:
             raise
-    return _read_streams(_content(file)[:], container, start_seconds, duration)
+    return _read_streams(_content(file)[:], container, start_seconds, duration, channels)
 
 
 def _read_streams(
-    data: bytes, container: str, start_seconds: float, duration: float | None
+    data: bytes,
+    container: str,
+    start_seconds: float,
+    duration: float | None,
+    channels: Sequence[int],
 ) -> np.ndarray:
     """Read a file whose header announces too little, stream by stream."""
     pieces, before = [np.zeros(0, np.float32)], 0.0  # before: seconds of earlier streams
@@ -130,7 +165,7 @@ def _read_streams(
             left = None if duration is None else start_seconds + duration - before - start
             if left is None or left > 0:
                 samples = _read_part(sound, num_frames, start, left)
-                pieces.append(_to_mono(samples, sound.samplerate))
+                pieces.append(_to_mono(samples, sound.samplerate, channels))
             before += num_frames / sound.samplerate
     return np.concatenate(pieces)
 
@@ -158,7 +193,12 @@ def _read_part(
 
 
 def _read_av(
-    source: Path | str | BinaryIO, start_seconds: float, duration: float | None, *, reason: str
+    source: Path | str | BinaryIO,
+    start_seconds: float,
+    duration: float | None,
+    channels: Sequence[int],
+    *,
+    reason: str,
 ) -> np.ndarray:
     """Read m4a, webm and other containers that libsndfile does not know."""
     try:
@@ -175,7 +215,7 @@ def _read_av(
     pieces, position = [np.zeros(0, np.float32)], 0  # position: samples decoded so far
     try:
         with av.open(source if hasattr(source, "read") else str(source)) as container:
-            for piece in _av_pieces(container, av.AudioResampler("fltp", "mono", SAMPLE_RATE)):
+            for piece in _av_pieces(container, channels):
                 pieces.append(piece[max(start - position, 0) :])
                 position += len(piece)
                 if position >= stop:
@@ -185,14 +225,18 @@ def _read_av(
             f"neither soundfile ({reason}) nor PyAV ({_reason(error)}) reads it"
         ) from error
     samples = np.concatenate(pieces)
-    return _to_mono(samples[: None if duration is None else stop - start, None], SAMPLE_RATE)
+    return _to_mono(samples[: None if duration is None else stop - start, None], SAMPLE_RATE, ())
 
 
-def _av_pieces(container: Any, resampler: Any) -> Iterator[np.ndarray]:
+def _av_pieces(container: Any, channels: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield float32 (n,) pieces of the first audio stream; the last is left in the resampler."""
+    import av
+
+    chosen = _choose(channels, container.streams.audio[0].channels) if channels else 0
+    resampler = av.AudioResampler("fltp", None if channels else "mono", SAMPLE_RATE)
     for frame in container.decode(audio=0):
-        yield from (part.to_ndarray()[0] for part in resampler.resample(frame))  # (1, n) -> (n,)
-    yield from (part.to_ndarray()[0] for part in resampler.resample(None))
+        yield from (part.to_ndarray()[chosen] for part in resampler.resample(frame))  # (n,)
+    yield from (part.to_ndarray()[chosen] for part in resampler.resample(None))
 
 
 def _container(source: Path | str | BinaryIO) -> str:

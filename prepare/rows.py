@@ -28,6 +28,8 @@ class Row:
     language: str = ""  # as the source spells it
     start_seconds: float = 0.0
     end_seconds: float | None = None
+    channel: str = ""  # as the source writes it
+    channels: tuple[int, ...] = ()  # which of the file's it may be, from 0; none: their mean
     problem: str = ""  # why the row cannot be used, a member of REASONS
     detail: str = ""  # of the problem
 

@@ -1,5 +1,6 @@
 """Rows of sources that are tables beside audio files: Common Voice, manifests, audiofolders."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -39,11 +40,12 @@ def read(source_tables: tuple[Table, ...], root: Path, form: str) -> Iterator[Ro
         names = [name for name in columns.TEXT_COLUMNS if columns.as_text(first.get(name))]
         if len(names) > 1:
             print(f"{table.path}: texts are taken from {names[0]}, not from {', '.join(names[1:])}")
+    channels = _number_channels(source_tables, form)
     real_root = os.path.realpath(root)
     for table in source_tables:
         place = table.path.relative_to(root).as_posix()
         for number, record in enumerate(_records(table, form), start=1):
-            row = _row(record, table, form, real_root, unnamed=f"{place}:{number}")
+            row = _row(record, table, form, real_root, channels, unnamed=f"{place}:{number}")
             yield row if row.problem or table.split else _with_split(row, record, form, root)
 
 
@@ -51,7 +53,36 @@ def _records(table: Table, form: str) -> Iterator[Record]:
     return tables.records(table.path, quotes_are_text=form == COMMON_VOICE)
 
 
-def _row(record: Record, table: Table, form: str, real_root: str, *, unnamed: str) -> Row:
+def _number_channels(source_tables: tuple[Table, ...], form: str) -> dict[str, tuple[int, ...]]:
+    """What the values of a channel column mean, from all rows: only they say where numbers start.
+
+    A csv or tsv without such a column is not read for it.
+    """
+    values: set[str] = set()
+    for table in source_tables:
+        records = _records(table, form)
+        first = next((record for record in records if record.keys() != {""}), {})
+        if first.keys() & set(columns.CHANNEL_COLUMNS) or tables.is_json(table.path):
+            values.update(map(columns.channel, itertools.chain([first], records)))
+    values.discard("")
+    numbered = columns.number_channels(values)
+    if values and not numbered:
+        print(
+            f"{source_tables[0].path}: channel is not used: its values (such as {min(values)}) "
+            "name no channel of a file"
+        )
+    return numbered
+
+
+def _row(
+    record: Record,
+    table: Table,
+    form: str,
+    real_root: str,
+    channels: dict[str, tuple[int, ...]],
+    *,
+    unnamed: str,
+) -> Row:
     """Make a row of a table's record, with a problem if it cannot be used.
 
     Args:
@@ -59,6 +90,7 @@ def _row(record: Record, table: Table, form: str, real_root: str, *, unnamed: st
         table: it names the folder that audio paths are relative to.
         form: as in `read`.
         real_root: folder of the source, without links.
+        channels: as `_number_channels` gives them.
         unnamed: the id of a row without an audio path.
     """
     name = _audio_path(record, table)
@@ -67,14 +99,17 @@ def _row(record: Record, table: Table, form: str, real_root: str, *, unnamed: st
         return Row(unnamed, problem=MALFORMED_ROW, detail=malformed)
     if form == COMMON_VOICE and not PurePosixPath(name).suffix:
         name += ".mp3"  # releases before 5 leave it out
-    start, end, bad_times = None, None, ""
+    start, end, bad_part = None, None, ""
     try:
         start, end = columns.times(record)
     except ValueError as error:
-        bad_times = str(error)
+        bad_part = str(error)
+    channel = columns.channel(record) if channels else ""
+    if channel and channel not in channels:
+        bad_part = f"channel is {channel!r}: give a number, left, right, A or B"
     text, no_text = columns.text(record)
     row = Row(
-        id=_clip_id(name, start, end),
+        id=_clip_id(name, start, end, channel),
         path=str(table.audio_dir / name),
         text=text,
         split=table.split,
@@ -82,8 +117,10 @@ def _row(record: Record, table: Table, form: str, real_root: str, *, unnamed: st
         language=columns.cell(record, columns.LANGUAGE_COLUMNS, columns.MISSING_ID),
         start_seconds=start or 0.0,
         end_seconds=end,
-        problem=MALFORMED_ROW if bad_times else NO_TEXT if no_text else "",
-        detail=bad_times or no_text,
+        channel=channel,
+        channels=channels.get(channel, ()),
+        problem=MALFORMED_ROW if bad_part else NO_TEXT if no_text else "",
+        detail=bad_part or no_text,
     )
     if not is_inside(row.path, real_root):
         return replace(row, problem=OUTSIDE_SOURCE, detail=name)
@@ -130,9 +167,11 @@ def _exists(table: Table, name: str) -> bool:
     return "\0" not in name and os.path.isfile(path)  # noqa: PTH113 (Path's raises for long names)
 
 
-def _clip_id(name: str, start: float | None, end: float | None) -> str:
-    """The path without its suffix, and the segment's times."""
+def _clip_id(name: str, start: float | None, end: float | None, channel: str) -> str:
+    """The path without its suffix, the channel, and the segment's times."""
     stem = PurePosixPath(name).with_suffix("").as_posix() if PurePosixPath(name).name else name
+    if channel:
+        stem = f"{stem}-channel-{channel}"
     if start is None and end is None:
         return stem
     return f"{stem}-{start or 0:.2f}-{'end' if end is None else f'{end:.2f}'}"

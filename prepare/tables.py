@@ -41,12 +41,17 @@ def records(path: Path, *, quotes_are_text: bool = False) -> Iterator[Record]:
         raise UserError(f"--source: {path} is UTF-16: save it as UTF-8")
     # Bytes that are not UTF-8 become lone surrogates, which `table_rows` reports.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if "json" in path.suffix.lower():
+        if is_json(path):
             yield from _json_records(file, path)
         else:
             rows = _separated_records(file, path, quotes_are_text)
             is_tsv = path.suffix.lower() == ".tsv" and not quotes_are_text
             yield from _without_halves(rows) if is_tsv else rows
+
+
+def is_json(path: Path) -> bool:
+    """Whether a table is JSON, by its suffix."""
+    return "json" in path.suffix.lower()
 
 
 # ------ csv and tsv

@@ -426,7 +426,7 @@ def test_parquet_that_is_given_without_hub_is_refused_with_the_remedy(tmp_path):
         sources.find(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
 
 
-def test_times_in_a_hub_dataset_are_told_not_to_be_used(tmp_path, capsys):
+def test_times_and_channels_in_a_hub_dataset_are_reported_as_unused(tmp_path, capsys):
     audio = {"array": SAMPLES, "sampling_rate": 8_000}
-    rows(parquet(tmp_path, {"audio": [audio], "text": ["x"], "begin_time": [1.5]}))
-    assert "is used whole: begin_time are ignored" in capsys.readouterr().out
+    rows(parquet(tmp_path, {"audio": [audio], "text": ["x"], "begin_time": [1.5], "channel": [0]}))
+    assert "is used whole: begin_time, channel are ignored" in capsys.readouterr().out
