@@ -1,6 +1,7 @@
 """Reads any audio container as 16 kHz mono, whole or in part."""
 
 import io
+import itertools
 import math
 import mmap
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import soundfile
 import soxr
 
 from common.audio import SAMPLE_RATE, AudioError
-from prepare import streams
+from prepare import containers, streams
 
 UNKNOWN_FORMAT = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
 MAX_VALUES = 100_000_000  # values of one read; 30 s of 8 channels at 192 kHz are 47 million
@@ -208,35 +209,48 @@ def _read_av(
         if not container:
             raise AudioError(f"soundfile cannot read it: {reason}") from None
         raise NeedsPyAVError(f"{container} needs PyAV: pip install av") from None
-    if hasattr(source, "seek"):
-        source.seek(0)
     start = round(start_seconds * SAMPLE_RATE)
     stop = math.inf if duration is None else start + round(duration * SAMPLE_RATE)
     pieces, position = [np.zeros(0, np.float32)], 0  # position: samples decoded so far
     try:
-        with av.open(source if hasattr(source, "read") else str(source)) as container:
-            for piece in _av_pieces(container, channels):
-                pieces.append(piece[max(start - position, 0) :])
-                position += len(piece)
-                if position >= stop:
-                    break
+        data = _content(source) if hasattr(source, "read") else _mapped(source)
+        for piece in _av_pieces(source, data, channels):
+            pieces.append(piece[max(start - position, 0) :])
+            position += len(piece)
+            if position >= stop:
+                break
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:
         raise AudioError(
             f"neither soundfile ({reason}) nor PyAV ({_reason(error)}) reads it"
         ) from error
+    if position < stop:
+        containers.refuse_rest(data, containers.name_of(data), len(data))
     samples = np.concatenate(pieces)
     return _to_mono(samples[: None if duration is None else stop - start, None], SAMPLE_RATE, ())
 
 
-def _av_pieces(container: Any, channels: Sequence[int]) -> Iterator[np.ndarray]:
-    """Yield float32 (n,) pieces of the first audio stream; the last is left in the resampler."""
+def _mapped(path: Path | str) -> mmap.mmap:
+    """All bytes of a file."""
+    with Path(path).open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _av_pieces(
+    source: Path | str | BinaryIO, data: bytes | mmap.mmap, channels: Sequence[int]
+) -> Iterator[np.ndarray]:
+    """Yield float32 (n,) pieces of the first audio stream of each file in a source of bytes."""
     import av
 
-    chosen = _choose(channels, container.streams.audio[0].channels) if channels else 0
-    resampler = av.AudioResampler("fltp", None if channels else "mono", SAMPLE_RATE)
-    for frame in container.decode(audio=0):
-        yield from (part.to_ndarray()[chosen] for part in resampler.resample(frame))  # (n,)
-    yield from (part.to_ndarray()[chosen] for part in resampler.resample(None))
+    files = containers.files_in(data)
+    if hasattr(source, "seek"):
+        source.seek(0)
+    alone = source if hasattr(source, "read") else str(source)
+    for start, end in files:
+        with av.open(alone if len(files) == 1 else io.BytesIO(data[start:end])) as container:
+            chosen = _choose(channels, container.streams.audio[0].channels) if channels else 0
+            resampler = av.AudioResampler("fltp", None if channels else "mono", SAMPLE_RATE)
+            for frame in itertools.chain(container.decode(audio=0), [None]):  # None: what is left
+                yield from (part.to_ndarray()[chosen] for part in resampler.resample(frame))
 
 
 def _container(source: Path | str | BinaryIO) -> str:

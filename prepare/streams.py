@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 
 from common.audio import AudioError
+from prepare.containers import BEGINS, after_tags, end_of_page, is_chunk_name, refuse_rest, tag_end
 
 WAV_FORMATS = ("WAV", "WAVEX", "RF64")
 CANNOT_SEEK = 39  # libsndfile's SFE_BAD_SEEK: soundfile seeks to the end of a stream of no length
@@ -27,16 +28,6 @@ UNKNOWN_SIZE = 0xFFFFFFFF
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # metadata behind the audio
 
 SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")  # of an mp3 frame: layer III
-# How a stream begins. The header of an mp3 is a frame of zeros with the number of frames; an Ogg
-# page that begins a stream has number 0 and granule position 0.
-BEGINS = {
-    "MP3": re.compile(
-        rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]..(?:..)?(?:\0{32}|\0{17}|\0{9})(?:Xing|Info)", re.DOTALL
-    ),
-    "OGG": re.compile(rb"OggS\0\x02\0{8}.{4}\0{4}", re.DOTALL),
-    "FLAC": re.compile(rb"fLaC[\0\x80]\0\0\x22"),
-    "WAV": re.compile(rb"(?:RIFF|RF64).{4}WAVE", re.DOTALL),
-}
 
 
 class Endless(io.BytesIO):
@@ -70,8 +61,12 @@ def has_more(data: bytes | mmap.mmap, container: str, position: int) -> bool:
         data: the whole file.
         container: as `container_of` names it.
         position: in bytes, where the decoder stopped.
+
+    Raises:
+        AudioError: it is cut off, or goes on in another container.
     """
-    if container in ("OGG", "FLAC") and _later_starts(data, container):
+    refuse_rest(data, container, position)
+    if container in ("OGG", "FLAC", "AIFF", "CAF") and _later_starts(data, container):
         return True
     if position >= len(data):
         return False
@@ -80,6 +75,9 @@ def has_more(data: bytes | mmap.mmap, container: str, position: int) -> bool:
     if container not in REPAIRS:  # some have titles and pictures behind the audio
         return position < len(data) // 2
     if BEGINS["MP3"].search(data, position):
+        return True
+    frames = SYNC.match(data, after_tags(data, position))
+    if frames and frames.start() > position and not _is_padding(data, frames.start()):
         return True
     is_tag = data[position : position + 16].startswith(TAGS)
     return not is_tag and not _is_padding(data, position)
@@ -119,25 +117,16 @@ def repair(data: bytes, container: str) -> list[tuple[io.BytesIO, int]]:
 
 def _later_starts(data: bytes | mmap.mmap, container: str) -> list[int]:
     """Positions where streams after the first begin; Ogg streams that begin together are one."""
-    first = 0
-    if data[:3] == b"ID3":  # a tag of 10 bytes and its size, which is 28 bits in 4 bytes
-        first = 10 + sum(byte << 7 * index for index, byte in enumerate(reversed(data[6:10])))
+    first = tag_end(data)
     starts = [match.start() for match in BEGINS[container].finditer(data) if match.start() > first]
     if container != "OGG":
         return starts
-    later, page_end = [], _page_end(data, 0)
+    later, page_end = [], end_of_page(data, 0)
     for start in starts:
         if start != page_end:
             later.append(start)
-        page_end = _page_end(data, start)
+        page_end = end_of_page(data, start)
     return later
-
-
-def _page_end(data: bytes | mmap.mmap, start: int) -> int:
-    """Where an Ogg page ends: 27 bytes, a table of lengths, and as many bytes as they sum to."""
-    num_segments = data[start + 26]
-    first = start + 27
-    return first + num_segments + sum(data[first : first + num_segments])
 
 
 def _unchanged(data: bytes) -> tuple[io.BytesIO, int]:
@@ -228,15 +217,10 @@ def _wav_chunks(data: bytes | mmap.mmap) -> tuple[bytes, list[tuple[int, int]], 
             if end > len(data) or _is_audio(data, end, size):
                 end, is_right = len(data), False
             spans.append((start, end))
-        elif not _is_name(name):
+        elif not is_chunk_name(name):
             break
         position = end + end % 2
     return form, spans, is_right
-
-
-def _is_name(name: bytes) -> bool:
-    """Whether four bytes may be the name of a chunk."""
-    return all(32 <= byte < 127 for byte in name)
 
 
 def _is_audio(data: bytes | mmap.mmap, position: int, size: int) -> bool:
@@ -246,7 +230,7 @@ def _is_audio(data: bytes | mmap.mmap, position: int, size: int) -> bool:
         if len(head) < 8 or head.startswith(TAGS):
             return False
         name, length = struct.unpack("<4sI", head)
-        if _is_name(name) and (size or start + 8 + length <= len(data)):
+        if is_chunk_name(name) and (size or start + 8 + length <= len(data)):
             return False
     blocks = (data[start : start + BLOCK] for start in range(position, len(data), BLOCK))
     return any(block.strip(b"\0") for block in blocks)

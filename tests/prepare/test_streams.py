@@ -1,5 +1,6 @@
 """Files that go on behind the audio their header announces: all of it is read, or it is refused."""
 
+import functools
 import io
 import struct
 
@@ -8,7 +9,8 @@ import pytest
 import soundfile
 
 from common.audio import SAMPLE_RATE, AudioError
-from prepare import streams
+from prepare import containers, streams
+from prepare.containers import end_of_page
 from prepare.reading import read_audio
 
 RATE = 16_000
@@ -233,8 +235,8 @@ def test_an_mp3_that_is_damaged_in_its_middle_is_not_cut_there():
 
 
 def test_streams_that_begin_together_in_an_ogg_file_are_one():
-    page_end = streams._page_end(VORBIS[0], 0)
-    both = VORBIS[0][:page_end] + OPUS[0][: streams._page_end(OPUS[0], 0)] + VORBIS[0][page_end:]
+    page_end = end_of_page(VORBIS[0], 0)
+    both = VORBIS[0][:page_end] + OPUS[0][: end_of_page(OPUS[0], 0)] + VORBIS[0][page_end:]
     assert streams._later_starts(both, "OGG") == []
     assert streams._later_starts(both + VORBIS[1], "OGG") == [len(both)]
 
@@ -255,3 +257,114 @@ def test_an_mp3_that_ends_with_a_frame_of_padding_is_read_once_and_in_silence(
     assert padded, "no file ends with such a frame"
     assert not repaired
     assert "Xing" not in capfd.readouterr().err
+
+
+# ------ several files in one
+
+
+def with_av(container, codec, seconds=2.0, seed=0, rate=RATE, **options):
+    """Noise in a container that libsndfile does not write."""
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format=container, options=options) as output:
+        stream = output.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(noise(seconds, seed)[None], "fltp", "mono")
+        frame.sample_rate = RATE
+        size = stream.frame_size or 0
+        resampler = av.AudioResampler(stream.format, "mono", rate, frame_size=size)
+        for part in [*resampler.resample(frame), *resampler.resample(None), None]:
+            for packet in stream.encode(part):
+                output.mux(packet)
+    return file.getvalue()
+
+
+MAKERS = {
+    "mp3": lambda: MP3[0],
+    "bare mp3": lambda: variable_mp3(noise(2)),
+    "mp3 with a tag in front": lambda: (
+        b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + variable_mp3(noise(2))
+    ),
+    "ogg": lambda: VORBIS[0],
+    "flac": lambda: FLAC[0],
+    "wav": lambda: wav(len(PCM)),
+    "aiff": lambda: encoded(noise(2), format="AIFF", subtype="PCM_16"),
+    "caf": lambda: encoded(noise(2), format="CAF", subtype="PCM_16"),
+    "m4a": lambda: with_av("ipod", "aac"),
+    "aac": lambda: with_av("adts", "aac"),
+    "webm": lambda: with_av("webm", "libopus", rate=48_000),
+    "live webm": lambda: with_av("webm", "libopus", rate=48_000, live="1"),
+    "mka of mp3": lambda: with_av("matroska", "libmp3lame"),
+    "mov of mp3": lambda: with_av("mov", "libmp3lame"),
+    "fragments": lambda: with_av("mp4", "aac", movflags="frag_keyframe+empty_moov"),
+}
+
+
+@functools.cache
+def made(name):
+    return MAKERS[name]()
+
+
+@pytest.mark.parametrize("first", MAKERS)
+def test_a_file_of_one_container_is_read_whole(first):
+    assert abs(len(read_audio(io.BytesIO(made(first)))) / SAMPLE_RATE - 2) < 0.15
+
+
+@pytest.mark.parametrize("first", MAKERS)
+def test_files_of_two_containers_in_one_are_read_whole_or_refused_never_cut(tmp_path, first):
+    results = {}
+    for second in MAKERS:
+        data = made(first) + made(second)
+        (tmp_path / "a").write_bytes(data)
+        for source in (tmp_path / "a", io.BytesIO(data)):
+            try:
+                seconds = len(read_audio(source, max_seconds=30.0)) / SAMPLE_RATE
+                results[second] = "whole" if abs(seconds - 4) < 0.25 else f"{seconds} s"
+            except AudioError as error:
+                is_named = "ffmpeg" in str(error) or "nor PyAV" in str(error)
+                results[second] = "refused" if is_named else str(error)
+    if first in ("bare mp3", "mp3 with a tag in front", "flac", "live webm"):
+        del results["aac"]  # where neither names its length nor its beginning, nothing shows it
+    cut = {second: result for second, result in results.items() if result.endswith(" s")}
+    assert not cut
+
+
+def test_what_is_behind_the_first_file_is_refused_with_its_place_and_the_remedy():
+    with pytest.raises(
+        AudioError, match=rf"a second file \(OGG\) begins at byte {len(MP3[0])}.*ffmpeg"
+    ):
+        read_audio(io.BytesIO(MP3[0] + VORBIS[0]))
+    part = read_audio(io.BytesIO(MP3[0] + VORBIS[0]), start_seconds=0.5, end_seconds=1.5)
+    assert len(part) == SAMPLE_RATE, "a part of the first file needs no second"
+
+
+@pytest.mark.parametrize("name", ["m4a", "fragments", "webm"])
+def test_joined_files_that_pyav_reads_follow_each_other(name):
+    data = made(name)
+    alone, both = read_audio(io.BytesIO(data)), read_audio(io.BytesIO(data + data))
+    assert abs(len(both) - 2 * len(alone)) < 0.05 * SAMPLE_RATE
+    error = np.abs(both[-SAMPLE_RATE:] - alone[-SAMPLE_RATE:]).max()
+    assert name == "webm" or error < 1e-3, error
+    part = read_audio(io.BytesIO(data + data), start_seconds=1.5, end_seconds=3.5)
+    assert len(part) == 2 * SAMPLE_RATE
+    assert np.abs(part - both[round(1.5 * SAMPLE_RATE) :][: len(part)]).max() < 1e-4
+
+
+def test_flac_in_ogg_is_no_file_of_its_own():
+    start = b"fLaC\0\0\0\x22"
+    assert not containers.BEGINS["FLAC"].search(b"\x7fFLAC\1\0\0\1" + start)
+    assert containers.BEGINS["FLAC"].search(b"end of another" + start)
+
+
+@pytest.mark.parametrize("name", ["m4a", "fragments", "webm"])
+def test_a_file_that_is_cut_off_is_refused(name):
+    data = made(name)
+    with pytest.raises(AudioError, match=r"is cut off|nor PyAV"):
+        read_audio(io.BytesIO(data[: len(data) * 2 // 3]))
+
+
+@pytest.mark.parametrize("name", ["m4a", "webm", "wav", "mp3", "flac", "ogg"])
+@pytest.mark.parametrize("behind", [bytes(5_000), b"no sound " * 1_000])
+def test_other_bytes_behind_a_file_are_no_second_file(name, behind):
+    if name == "wav" and behind[0]:
+        pytest.skip("such bytes behind a wav are audio")
+    assert abs(len(read_audio(io.BytesIO(made(name) + behind))) / SAMPLE_RATE - 2) < 0.15
