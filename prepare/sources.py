@@ -70,7 +70,7 @@ def _find_manifest(name: str, path: Path) -> Source:
         raise UserError(
             f"--source {name} is read as a dataset with its folder: give hub:{path.parent}"
         )
-    if path.suffix.lower() not in tables.SUFFIXES:
+    if path.suffix.lower() not in (*tables.SUFFIXES, ".txt"):
         raise UserError(f"--source {name} has no known form: give {FORMS}")
     return Source(MANIFEST, name, path.parent, (Table(path, path.parent),))
 

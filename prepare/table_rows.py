@@ -36,6 +36,9 @@ def read(source_tables: tuple[Table, ...], root: Path, form: str) -> Iterator[Ro
         UserError: a table lacks a column that is needed, before the first row.
     """
     for table in source_tables:
+        layout = tables.layout_without_header(table.path)
+        if layout:
+            print(f"{table.path}: {layout}")
         first = next(_records(table, form), {})
         names = [name for name in columns.TEXT_COLUMNS if columns.as_text(first.get(name))]
         if len(names) > 1:
@@ -136,7 +139,7 @@ def _why_malformed(record: Record, name: str) -> str:
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return "not UTF-8"
+        return "not UTF-8: save the table as CSV UTF-8"
     return ""
 
 

@@ -4,6 +4,7 @@ A record is a dict from column names, without case, spaces and punctuation (`col
 values. A row that cannot be read is the record `{"": why}`, so that it is counted.
 """
 
+import codecs
 import csv
 import itertools
 import json
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.cli import UserError
+from prepare import ljspeech
 from prepare.columns import PATH_COLUMNS, TEXT_COLUMNS, column_name, is_known
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 SEPARATORS = ",;\t|"
 SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n?")  # Excel's first line
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+ENCODING_BYTES = 1 << 20  # that are looked at to see the encoding
 
 OVER_LINES = "a cell runs over several lines: an unbalanced quote?"
 
@@ -33,20 +38,60 @@ def records(path: Path, *, quotes_are_text: bool = False) -> Iterator[Record]:
         quotes_are_text: quotes in a tsv are part of the text, as in Common Voice.
 
     Raises:
-        UserError: the table is not UTF-8, lacks a column, or is JSON without rows.
+        UserError: the table's encoding is not read, it lacks a column, or is JSON without rows.
+    """
+    try:
+        with _open(path) as file:
+            if is_json(path):
+                yield from _json_records(file, path)
+            else:
+                rows = _separated_records(file, path, quotes_are_text)
+                is_tsv = path.suffix.lower() == ".tsv" and not quotes_are_text
+                yield from _without_halves(rows) if is_tsv else rows
+    except UnicodeDecodeError as error:
+        raise UserError(f"--source: {path} is damaged UTF-16 ({error}): save it again") from error
+
+
+def layout_without_header(path: Path) -> ljspeech.Layout | None:
+    """The layout of a table of speech synthesis that has no header, or `None`."""
+    if is_json(path):
+        return None
+    with _open(path) as file:
+        first = file.readline()
+        if _named_separator(first, path):
+            return None
+        file.seek(0)
+        return ljspeech.find_layout(file, path)
+
+
+def _open(path: Path) -> TextIO:
+    """Open a table that is UTF-8, or UTF-16 with a byte order mark, as Excel's Unicode text.
+
+    Bytes that are not UTF-8 become lone surrogates, which `table_rows` reports row by row.
+
+    Raises:
+        UserError: the table has another encoding.
     """
     with path.open("rb") as file:
-        head = file.read(1024)
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-        raise UserError(f"--source: {path} is UTF-16: save it as UTF-8")
-    # Bytes that are not UTF-8 become lone surrogates, which `table_rows` reports.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if is_json(path):
-            yield from _json_records(file, path)
-        else:
-            rows = _separated_records(file, path, quotes_are_text)
-            is_tsv = path.suffix.lower() == ".tsv" and not quotes_are_text
-            yield from _without_halves(rows) if is_tsv else rows
+        head = file.read(ENCODING_BYTES)
+    if head.startswith(UTF_16_MARKS) and head[2:4] != b"\0\0":
+        return path.open(encoding="utf-16", newline="")
+    if b"\0" in head[:1024]:
+        raise UserError(
+            f"--source: {path} is UTF-16 without a byte order mark, or UTF-32: save it as UTF-8, "
+            f"or convert it: iconv -f UTF-16LE -t UTF-8 {path} > NEW{path.suffix}"
+        )
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
+    others = [sign for sign in text if sign > "\x7f"]
+    bad = [sign for sign in others if "\udc80" <= sign <= "\udcff"]
+    if len(bad) > len(others) // 2:
+        line = text[: text.index(bad[0])].count("\n") + 1
+        raise UserError(
+            f"--source: {path} is not UTF-8 (byte 0x{ord(bad[0]) - 0xDC00:x} in line {line}): save "
+            f"it as CSV UTF-8, or convert it, from the encoding that it has: iconv -f CP1252 "
+            f"-t UTF-8 {path} > NEW{path.suffix}"
+        )
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def is_json(path: Path) -> bool:
@@ -63,6 +108,10 @@ def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Itera
     A tsv is read line by line, because an unbalanced quote in it is usually text, and would join
     all lines after it to one cell. Cells that a csv writer has quoted are unquoted.
     """
+    layout = layout_without_header(path)
+    if layout:
+        yield from _records_without_header(file, layout)
+        return
     separator, header = _read_header(file, path)
     is_tsv = separator == "\t" and path.suffix.lower() == ".tsv"
     if is_tsv:
@@ -104,6 +153,19 @@ def _read_header(file: TextIO, path: Path) -> tuple[str, list[str]]:
     return separator, header
 
 
+def _records_without_header(file: TextIO, layout: ljspeech.Layout) -> Iterator[Record]:
+    """Yield the rows of a table of speech synthesis, whose quotes are text."""
+    for line in file:
+        cells = [cell.strip() for cell in line.rstrip("\r\n").split(ljspeech.SEPARATOR)]
+        if len(cells) != len(layout.header):
+            if any(cells):
+                yield {"": f"{len(cells)} cells, not {len(layout.header)} as in the first row"}
+            continue
+        record = dict(zip(layout.header, cells, strict=True))
+        record.pop("", None)
+        yield record | {"path": layout.path.format(record["path"])}
+
+
 def _without_halves(rows: Iterator[Record]) -> Iterator[Record]:
     """Yield the rows of a tsv; the first line of a cell of several lines is no row."""
     before = next(rows, None)
@@ -117,12 +179,20 @@ def _without_halves(rows: Iterator[Record]) -> Iterator[Record]:
 
 def _separator(header: str, path: Path) -> str:
     """The separator with which the header has an audio path and a text, else the usual one."""
-    usual = "\t" if path.suffix.lower() == ".tsv" else ","
-    for separator in (usual, *SEPARATORS):
+    return _named_separator(header, path) or _usual_separator(path)
+
+
+def _usual_separator(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _named_separator(header: str, path: Path) -> str:
+    """The separator with which a line has names of an audio path and of a text, or `""`."""
+    for separator in (_usual_separator(path), *SEPARATORS):
         names = {column_name(name) for name in next(csv.reader([header], delimiter=separator), [])}
         if names & set(PATH_COLUMNS) and names & set(TEXT_COLUMNS):
             return separator
-    return usual
+    return ""
 
 
 def _check_header(header: list[str], names: list[str], path: Path) -> None:
@@ -132,7 +202,7 @@ def _check_header(header: list[str], names: list[str], path: Path) -> None:
             raise UserError(
                 f"--source: {path} lacks {role} column (one of {', '.join(known)}); "
                 f"its columns are {', '.join(names) or 'none'}: rename one, or write a first line "
-                "that names the columns"
+                "that names the columns, such as path|text, over paths of files"
             )
     twice = sorted({name for name in header if header.count(name) > 1 and is_known(name)})
     if twice:

@@ -245,12 +245,6 @@ def test_a_table_without_the_needed_columns_is_refused(tmp_path, header, message
         rows(table(tmp_path / "m.csv", header, "a,b"))
 
 
-def test_a_utf16_table_is_refused(tmp_path):
-    (tmp_path / "m.csv").write_text("path,text\n", encoding="utf-16")
-    with pytest.raises(UserError, match="is UTF-16: save it as UTF-8"):
-        rows(tmp_path / "m.csv")
-
-
 def test_the_key_of_a_row_changes_with_its_text_and_with_its_file(tmp_path):
     path = touch(tmp_path / "a.wav")
     row = Row("a", path=str(path), text="x")

@@ -99,12 +99,99 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     assert texts(write(tmp_path / "m.csv", "path,text,note,Note\na.wav,x,y,z\n")) == ["x"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_text_of_two_bytes_a_sign_is_refused_with_and_without_a_mark(tmp_path, encoding, suffix):
+def test_text_of_two_bytes_a_character_without_a_mark_is_refused(tmp_path, encoding, suffix):
     (tmp_path / f"m.{suffix}").write_bytes("path,text\na.wav,x\n".encode(encoding))
-    with pytest.raises(UserError, match="is UTF-16: save it as UTF-8"):
+    with pytest.raises(UserError, match=r"is UTF-16 without a byte order mark.* save it as UTF-8"):
         rows(tmp_path / f"m.{suffix}")
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("suffix", ["txt", "tsv", "csv", "jsonl", "json"])
+def test_utf_16_with_a_byte_order_mark_is_read(tmp_path, order, suffix):
+    content = f"path\ttext\r\na.wav\t{QUOTED}\r\nb.wav\tमराठी ਊ\r\n"  # U+0A0A: two line feeds
+    if "json" in suffix:
+        texts_given = zip("ab", (QUOTED, "मराठी ਊ"), strict=True)
+        content = "\n".join(json.dumps({"path": f"{n}.wav", "text": t}) for n, t in texts_given)
+    elif suffix == "txt":  # as Excel quotes
+        content = content.replace(QUOTED, '"She said ""come"" to me"')
+    (tmp_path / f"m.{suffix}").write_bytes(f"\ufeff{content}".encode(f"utf-16-{order}"))
+    assert texts(tmp_path / f"m.{suffix}") == [QUOTED, "मराठी ਊ"]
+
+
+def test_utf_16_that_ends_within_a_character_is_refused(tmp_path):
+    (tmp_path / "m.txt").write_bytes("path\ttext\na.wav\tx\n".encode("utf-16")[:-1])
+    with pytest.raises(UserError, match="is damaged UTF-16"):
+        rows(tmp_path / "m.txt")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "cp1251", "gbk"])
+def test_other_encodings_are_refused_with_the_line_and_the_remedy(tmp_path, encoding):
+    text = {"cp1251": "привет", "gbk": "今天天气很好"}.get(encoding, "café au lait, señor")
+    (tmp_path / "m.tsv").write_bytes(f"path\ttext\na.wav\tx\nb.wav\t{text}\n".encode(encoding))
+    with pytest.raises(UserError, match=r"is not UTF-8 \(byte 0x.. in line 3\).* iconv -f CP1252"):
+        rows(tmp_path / "m.tsv")
+
+
+# ------ without a header
+
+
+def speech_synthesis(folder, content, audio="wavs/{}.wav", name="metadata.csv"):
+    for number in (1, 2):
+        write(folder / audio.format(f"LJ00{number}"), "x")
+    return write(folder / name, content)
+
+
+LJ = 'LJ001|He paid 5 "pounds", and|He paid five "pounds", and\nLJ002|1984|nineteen eighty-four\n'
+LJ_TEXTS = ['He paid five "pounds", and', "nineteen eighty-four"]
+
+
+@pytest.mark.parametrize("audio", ["wavs/{}.wav", "{}.wav", "wavs/{}.flac"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_ljspeechs_table_is_read_without_a_header(tmp_path, capsys, audio, is_folder):
+    path = speech_synthesis(tmp_path, LJ, audio)
+    result = rows(tmp_path if is_folder else path)
+    assert [row.text for row in result] == LJ_TEXTS
+    assert [row.path for row in result] == [
+        str(tmp_path / audio.format(name)) for name in ("LJ001", "LJ002")
+    ]
+    assert not any(row.speaker or row.problem for row in result)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(
+        "no header, read as LJSpeech's: column 1 is audio, column 2 is not used, column 3 is text; "
+        f"audio is {audio}"
+    )
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["metadata.csv", "train.txt", "list.tsv"])
+def test_tables_of_paths_and_texts_are_read_without_a_header(tmp_path, name, mark, ending):
+    content = f"{mark}wavs/LJ001.wav|one, two{ending}wavs/LJ002.wav|three{ending}"
+    assert texts(speech_synthesis(tmp_path, content, name=name)) == ["one, two", "three"]
+
+
+def test_the_speaker_of_a_table_without_a_header_is_taken(tmp_path, capsys):
+    content = "LJ001|s1|one two\nLJ002|s2|three\nLJ001|s1|half\n\n"
+    result = rows(speech_synthesis(tmp_path, content, name="list.txt"))
+    assert [(row.text, row.speaker) for row in result] == [
+        ("one two", "s1"), ("three", "s2"), ("half", "s1")
+    ]  # fmt: skip
+
+
+def test_a_table_without_a_header_that_is_not_unmistakable_is_refused(tmp_path):
+    for content in (LJ.replace("LJ", "XY"), LJ.replace("|", "\t"), "LJ001|a|b|c\n", "LJ001\n"):
+        path = speech_synthesis(tmp_path, content)
+        with pytest.raises(UserError, match=r"write a first line that names the columns, such as"):
+            rows(path)
+
+
+def test_a_row_of_other_columns_is_malformed_where_there_is_no_header(tmp_path):
+    content = "LJ001|one|two\n" * 100 + "LJ002|one\nLJ003|one|two\n"
+    result = rows(speech_synthesis(tmp_path, content))
+    assert result[100].problem == "malformed row" and "2 cells, not 3" in result[100].detail
+    assert (result[101].text, result[101].problem) == ("two", "")
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.jsonl", "m.json"])
