@@ -100,6 +100,17 @@ def _read_adapter(adapter: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def changes_nothing(adapter: str) -> bool:
+    """Whether a LoRA adapter has only zeros on one side of its products, as before any step."""
+    tensors = _read_adapter(adapter)
+    sides = {
+        side: [tensor for name, tensor in tensors.items() if f"lora_{side}" in name]
+        for side in "AB"
+    }
+    is_plain = sum(map(len, sides.values())) == len(tensors) > 0
+    return is_plain and any(not any(map(torch.any, side)) for side in sides.values())
+
+
 def _misfit(error: Exception) -> str:
     """Why an adapter's tensors cannot be loaded, in one line: shapes, or a tensor that lacks."""
     if isinstance(error, KeyError):

@@ -91,6 +91,7 @@ def score_clips(
     scores.texts[name], scores.counts[name] = texts, counts
     scores.systems[name] = predictions.summarise(texts, counts) | {
         "window": system.window_mode,
+        "warning": system.warning,
         "audio_seconds": scores.seconds,
         "batch_seconds": batch_seconds,
         "wall_seconds": wall_seconds,
@@ -119,6 +120,8 @@ def transcribe(
         batch_seconds=batch_seconds,
         num_beams=options.num_beams,
     )
+    if system.warning:
+        say(accelerator, f"warning: {system.name}: {system.warning}")
     margin = system.margin.margin / POSITIONS_PER_SECOND
     silence = f" ({margin:.2f} s after the speech)" if system.window_mode == "natural" else ""
     say(

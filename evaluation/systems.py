@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
 from common import predictions, whisper
+from common.adapter import changes_nothing
 from common.cli import UserError
 from common.windows import DecodeMargin, DecodeWindowMode, decode_margin, trained_mode
 
@@ -21,6 +22,7 @@ class System:
     model: WhisperForConditionalGeneration
     window_mode: DecodeWindowMode  # "natural" or "full"
     margin: DecodeMargin
+    warning: str = ""  # what a reader of its score must know
 
 
 def load_system(
@@ -47,7 +49,10 @@ def load_system(
         check_base(adapter, record, model, loaded)
     policy = record and record["window"]
     mode = trained_mode(policy) if window_mode == "auto" else window_mode
-    return System(adapter or model, loaded, mode, decode_margin(policy))
+    warning = ""
+    if adapter and changes_nothing(adapter):
+        warning = "the adapter changes nothing: its LoRA is zero, and its score is the base's"
+    return System(adapter or model, loaded, mode, decode_margin(policy), warning)
 
 
 def read_record(folder: str, option: str) -> dict[str, Any] | None:

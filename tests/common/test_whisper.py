@@ -377,6 +377,32 @@ def test_an_adapters_file_that_is_damaged_or_not_finite_is_refused(checkpoint, t
         assert "no LoRA adapter there" in refusal(checkpoint, copy)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_base_with_weights_that_are_not_finite_is_refused(checkpoint, tmp_path, value):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    weights["model.decoder.layers.1.fc1.weight"][3, 5] = value
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(cli.UserError, match=r"--model .* 1 of its \d+ tensors .* not finite"):
+            whisper.load_base(str(copy), dtype=dtype)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_an_adapter_whose_products_are_zero_changes_nothing(checkpoint, tmp_path, side):
+    save_adapter(tmp_path, stock(checkpoint), lora_config())
+    assert not adapter_files.changes_nothing(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {
+        name: torch.zeros_like(tensor) if f"lora_{side}" in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+    assert adapter_files.changes_nothing(str(tmp_path))
+    save_file(tensors | {"base_model.model.other": torch.ones(1)}, file)
+    assert not adapter_files.changes_nothing(str(tmp_path)), "something else is adapted"
+
+
 def test_probes_tell_bases_apart_but_not_precisions(base, tmp_path_factory):
 
     probe = whisper.base_probe(base)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 import eval_wer
 import train_lora
@@ -358,6 +359,17 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(options, tmp_pa
     (copy / "recipe.json").write_text(json.dumps(made))
     with pytest.raises(cli.UserError, match=r"--adapter .* whose weights are not those of --model"):
         evaluate(options | {"adapter": str(copy)})
+
+
+def test_an_adapter_that_changes_nothing_is_scored_with_a_warning(options, tmp_path, capsys):
+    folder = shutil.copytree(options["adapter"], tmp_path / "zero")
+    file = folder / "adapter_model.safetensors"
+    save_file({n: tensor * ("lora_B" not in n) for n, tensor in load_file(file).items()}, file)
+    result = evaluate(options | {"adapter": str(folder), "max_clips": 1})
+    shown = capsys.readouterr().out
+    assert f"warning: {folder}: the adapter changes nothing" in shown
+    assert "changes nothing" in result["adapter"]["warning"] and result["base"]["warning"] == ""
+    assert "changes nothing" in read(options, "report.html")
 
 
 def test_a_recipe_of_another_program_is_no_record_and_a_damaged_one_is_refused(tmp_path):
