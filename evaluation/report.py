@@ -114,6 +114,11 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
     by_letter = [f"{name} by {unit}" for name, unit in units.items() if unit != "word"]
     if by_letter:
         lines.append(f"WER is counted by word, but {', '.join(by_letter)}")
+    if "whisper_openai" in units:
+        lines.append(
+            "whisper_basic lowers I and İ as Turkish and Azerbaijani do; published numbers are by "
+            "whisper_openai"
+        )
     lines += [_edits(systems, normaliser) for normaliser in first["normalisers"]]
     measures = (
         ("clips_at_cap", "12d"), ("clips_decoded_again", "12d"), ("clips_looping", "12d"),

@@ -123,7 +123,31 @@ def test_english_normaliser_knows_numbers_contractions_and_a_spelling_table():
 def test_the_english_normaliser_is_reported_for_english_alone():
     assert "whisper_english" in metrics.normalisers_for(["en", "en"])
     assert "whisper_english" not in metrics.normalisers_for(["en", "mr"])
-    assert len(metrics.NORMALISERS) == 4
+    assert len(metrics.NORMALISERS) == 5
+
+
+def test_turkish_capitals_cost_nothing_but_under_openais_own_normaliser():
+    pair = {"references": ["İstanbul IŞIK"], "predictions": ["istanbul ışık"]}
+    for languages in (["tr"], ["az"], None):  # without a language ı and İ show it
+        basic = metrics.ErrorRate("whisper_basic", languages=languages).compute(**pair)
+        assert (basic["wer"], basic["cer"]) == (0.0, 0.0)
+        assert metrics.ErrorRate("whisper_openai", languages=languages).compute(**pair)["wer"] > 0
+    for text in ("İstanbul'da IŞIK", "Ilık, süt!", "हिंदी"):
+        assert metrics.whisper_openai(text, "tr") == " ".join(BasicTextNormalizer()(text).split())
+        assert metrics.whisper_basic(text, "en") == metrics.whisper_openai(text, "en")
+    assert "whisper_openai" in metrics.normalisers_for(["tr", "de"])
+    assert "whisper_openai" not in metrics.normalisers_for(["hi", "de"])
+
+
+@pytest.mark.parametrize(("language", "reference", "hypothesis"), SAME)
+def test_without_a_language_the_writing_system_decides(language, reference, hypothesis):
+    if language == "az":
+        pytest.skip("I alone is no sign of a language")
+    for name in (
+        ("keep_marks", "whisper_basic") if language in "zh ja th lo my" else ("keep_marks",)
+    ):
+        metric = metrics.ErrorRate(name)
+        assert metric.compute(references=[reference], predictions=[hypothesis])["wer"] == 0.0
 
 
 def test_counts_equal_the_least_number_of_edits_found_by_trying_all():
