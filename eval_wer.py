@@ -23,6 +23,7 @@ from common.prepared import column
 from common.provenance import describe_run
 from common.windows import DecodeWindowMode
 from evaluation.html_report import write_report
+from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
 from evaluation.scores import describe_errors, load_clips, score_clips
 from evaluation.systems import load_system
@@ -42,6 +43,7 @@ class Config:
     batch_seconds: float = 0.0  # seconds of audio window per batch; 0: what fits memory
     num_beams: int = 1  # beams of the search; 1: greedy decoding
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
+    panels: bool = True  # also decode clips without speech, to show what is made up
     num_workers: int = 1  # processes that read audio ahead; 0: the main process
     collective_timeout: float = 120.0  # minutes a process waits for the other processes
     report_audio_mb: float = 10.0  # megabytes of voices in report.html at most; 0: none
@@ -150,6 +152,8 @@ def evaluate(config: Config) -> None:
             device=accelerator.device,
         )
         score_clips(scores, name, system, accelerator, tokenizer, config.batch_seconds)
+        if config.panels:
+            decode_panel(scores, name, system, accelerator, tokenizer, config.batch_seconds)
         del system  # before the next one is loaded
 
     # ------ results

@@ -131,6 +131,7 @@ class DecodeOptions:
     num_beams: int = 1
     num_workers: int = 0  # processes that read audio ahead
     quiet: bool = True  # no progress
+    decode_again: bool = True  # at 30 seconds, where a text loops or hits its cap
 
 
 def transcribe(
@@ -143,11 +144,12 @@ def transcribe(
     """Decode `batches` of clips of `dataset` in this process.
 
     A clip whose text loops or hits its cap at a window shorter than 30 seconds is decoded once more
-    at 30 seconds, and that text counts. Whether it is depends on the clip alone.
+    at 30 seconds, and that text counts, unless `options` keep the first. Whether it is depends on
+    the clip alone.
     """
     attempts = _transcribe_once(model, tokenizer, dataset, batches, options)
     failed = sorted(clip for clip, (_, is_failure) in attempts.items() if is_failure)
-    if failed:
+    if failed and options.decode_again:
         positions = max(sum(batch.windows) for batch in batches)  # as much memory as before
         plan = batching.decode_plan(
             column(dataset, "seconds")[failed],

@@ -6,8 +6,11 @@ from typing import Any
 
 from common.files import write_json, write_text
 from common.prepared import column
-from evaluation.scores import Scores
+from evaluation import nonspeech
+from evaluation.scores import Panel, Scores
 from evaluation.statistics import REPLICAS, Interval, Significance, significance
+
+PANEL_NAME = "nonspeech.jsonl"
 
 
 def write_results(
@@ -45,12 +48,24 @@ def write_results(
         "recipe": provenance,
     }
     write_text(folder / "predictions.jsonl", "".join(lines))
+    write_panel(folder / PANEL_NAME, scores.panel)
     write_json(folder / "wer.json", result)
     print(table(systems))
     print(intervals_shown(systems, tested))
+    if scores.panel:
+        print(nonspeech.table(systems))
     for name, system in systems.items():
         print(f"{name}: {key_values(system)}")
     print(f"scores {folder / 'wer.json'}, texts {folder / 'predictions.jsonl'}", flush=True)
+
+
+def write_panel(path: Path, panel: Panel | None) -> None:
+    """Write nonspeech.jsonl; without a panel, remove that of an earlier evaluation."""
+    if panel is None:
+        path.unlink(missing_ok=True)
+        return
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in nonspeech.rows(panel)]
+    write_text(path, "".join(lines))
 
 
 # ------ printed

@@ -25,6 +25,16 @@ WORST_CLIPS = 20
 
 
 @dataclass
+class Panel:
+    """Clips that show what a system makes up, and what each system wrote for them."""
+
+    clips: Dataset  # as prepared, with their kind
+    left_out: dict[str, int]  # clips of each kind that the scored clips cannot give
+    texts: dict[str, dict[str, dict[str, Prediction]]] = field(default_factory=dict)
+    # by name of the system, window and clip id
+
+
+@dataclass
 class Scores:
     """Clips of one folder, with the texts and the errors of every system by its name."""
 
@@ -34,6 +44,7 @@ class Scores:
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)  # rates and figures
     texts: dict[str, dict[str, Prediction]] = field(default_factory=dict)  # by clip id
     counts: dict[str, dict[str, ClipCounts]] = field(default_factory=dict)  # by normaliser
+    panel: Panel | None = None  # None: not asked for
 
     @property
     def seconds(self) -> float:

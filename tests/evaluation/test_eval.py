@@ -53,6 +53,7 @@ def options(checkpoint, prepared, adapter, tmp_path):
         "compare_base": True,
         "output_dir": str(tmp_path / "wer"),
         "num_workers": 0,
+        "panels": False,
     }
 
 
