@@ -162,7 +162,11 @@ def evaluate(config: Config) -> None:
         describe_errors(scores)
         write_results(folder, scores, adapters, describe_run(config))
         address = write_report(
-            folder, scores.dataset, adapters=adapters, audio_mb=config.report_audio_mb
+            folder,
+            scores.dataset,
+            adapters=adapters,
+            audio_mb=config.report_audio_mb,
+            panel=scores.panel and scores.panel.clips,
         )
         print(address, flush=True)
     close(accelerator)

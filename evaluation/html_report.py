@@ -20,7 +20,7 @@ from markupsafe import Markup
 from common.audio import decode_flac
 from common.files import write_text
 from common.prepared import column
-from evaluation import charts, diff, voices
+from evaluation import charts, diff, nonspeech, voices
 from evaluation.scores import WORST_CLIPS
 
 NAME = "report.html"
@@ -50,7 +50,7 @@ class Transcript:
 class Clip:
     """A row of the page's table."""
 
-    index: int  # in predictions.jsonl
+    index: int  # in predictions.jsonl or nonspeech.jsonl
     id: str
     seconds: float
     language: str
@@ -59,6 +59,7 @@ class Clip:
     transcripts: list[Transcript]
     tags: list[str] = field(default_factory=list)  # the filters that show it
     voice: str = ""  # data: URI
+    kind: str = ""  # of a clip of the panel
 
     @property
     def errors(self) -> int:
@@ -72,7 +73,12 @@ class Clip:
 
 
 def write_report(
-    folder: Path, dataset: Dataset, *, adapters: dict[str, str], audio_mb: float
+    folder: Path,
+    dataset: Dataset,
+    *,
+    adapters: dict[str, str],
+    audio_mb: float,
+    panel: Dataset | None = None,
 ) -> str:
     """Write report.html beside wer.json and predictions.jsonl; return its headline and address.
 
@@ -80,19 +86,23 @@ def write_report(
         dataset: the scored clips, for their audio.
         adapters: folder of each system's adapter, by the system's name; empty for the base.
         audio_mb: megabytes of voices at most; 0 leaves them out.
+        panel: the clips of nonspeech.jsonl, if there are any, for their audio.
     """
     results = json.loads((folder / "wer.json").read_text(encoding="utf-8"))
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
-    clips = read_clips(rows, list(systems_of(results)))
-    add_voices(clips, dataset, audio_mb)
+    systems = list(systems_of(results))
+    clips = read_clips(read_rows(folder / "predictions.jsonl"), systems)
+    left = add_voices(clips, dataset, audio_mb)
+    invented = []
+    if panel is not None:
+        invented = read_invented(read_rows(folder / nonspeech.FILE_NAME), systems)
+        add_voices(invented, panel, left)
     runs = {
         name: read_metrics(Path(adapter).parent / "metrics.jsonl")
         for name, adapter in adapters.items()
         if adapter
     }
     path = folder / NAME
-    write_text(path, render(results, clips, runs))
+    write_text(path, render(results, clips, runs, invented))
     return f"{headline(results)}\nreport {path.resolve().as_uri()}"
 
 
@@ -115,6 +125,11 @@ def headline(results: dict[str, Any]) -> str:
 
 
 # ------ clips
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def read_clips(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[Clip]:
@@ -148,8 +163,38 @@ def read_clips(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[C
     return clips
 
 
-def add_voices(clips: Sequence[Clip], dataset: Dataset, megabytes: float) -> None:
-    """Give clips their audio, in their order, as long as it fits in so many megabytes."""
+def read_invented(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[Clip]:
+    """Rows of nonspeech.jsonl where a text loops or has more words than were spoken, as clips."""
+    columns = [(name, window) for name in systems for window in nonspeech.WINDOWS]
+    clips = []
+    for index, row in enumerate(rows):
+        if not any(row[f"{name}_{window}_invented"] for name, window in columns):
+            continue
+        transcripts = [
+            Transcript(
+                system=f"{name}, {window} window",
+                diff=diff.compare(row["text"], row[f"{name}_{window}"]),
+                hit_cap=False,
+                decoded_again=False,
+                loops=row[f"{name}_{window}_loops"],
+                logprob=None,
+            )
+            for name, window in columns
+        ]
+        clip = Clip(
+            index, row["id"], row["seconds"], row["language"], "", row["text"], transcripts,
+            kind=row["kind"],
+        )  # fmt: skip
+        clips.append(clip)
+    return clips
+
+
+def add_voices(clips: Sequence[Clip], dataset: Dataset, megabytes: float) -> float:
+    """Give clips their audio, in their order, as long as it fits in so many megabytes.
+
+    Returns:
+        The megabytes that are left.
+    """
     left = megabytes * 1e6
     rows = {str(name): row for row, name in enumerate(column(dataset, "id"))} if left else {}
     for clip in clips:
@@ -160,6 +205,7 @@ def add_voices(clips: Sequence[Clip], dataset: Dataset, megabytes: float) -> Non
             break
         clip.voice = uri
         left -= len(uri)
+    return left / 1e6
 
 
 # ------ the training run
@@ -212,6 +258,30 @@ def draw_durations(table: dict[str, Any], systems: Sequence[str]) -> Markup:
     return charts.groups(names, rates)
 
 
+# ------ the panel
+
+
+def panel_of(systems: dict[str, dict[str, Any]], invented: Sequence[Clip]) -> dict[str, Any] | None:
+    """Counts by kind of clip, for each system and window, and the first clip of each kind."""
+    columns = {
+        (name, window): rates
+        for name, system in systems.items()
+        for window, rates in system.get("nonspeech", {}).items()
+    }
+    if not columns:
+        return None
+    kinds = {}
+    for rates in columns.values():
+        for row in rates["kinds"]:
+            kinds.setdefault(row["kind"], []).append(row)
+    return {
+        "columns": list(columns),
+        "totals": list(columns.values()),
+        "kinds": kinds,
+        "rows": {clip.kind: clip.index for clip in reversed(invented)},
+    }
+
+
 # ------ the page
 
 
@@ -219,6 +289,7 @@ def render(
     results: dict[str, Any],
     clips: Sequence[Clip],
     runs: dict[str, list[dict[str, Any]] | None],
+    invented: Sequence[Clip] = (),
 ) -> str:
     """The page, as a function of nothing but its arguments.
 
@@ -226,6 +297,7 @@ def render(
         results: content of wer.json.
         clips: in the order of the table, with their voices.
         runs: the training records of each adapter, `None` where they cannot be read.
+        invented: clips of the panel that got words that nobody spoke, with their audio.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -238,6 +310,7 @@ def render(
     systems = systems_of(results)
     names = list(systems)
     tables = breakdowns_of(systems)
+    panel = panel_of(systems, invented)
     dots = None
     if len(names) > 1:
         pairs = [
@@ -256,9 +329,12 @@ def render(
         headline=headline(results),
         clips=clips,
         minutes=sum(clip.seconds for clip in clips) / 60,
-        counts={tag: sum(tag in clip.tags for clip in clips) for tag in filters(names)},
+        counts={tag: sum(tag in clip.tags for clip in clips) for tag in filters(names)}
+        | ({"invented": len(invented)} if panel else {}),
+        panel=panel,
+        invented=invented,
         has_logprob=any(own.logprob is not None for clip in clips for own in clip.transcripts),
-        num_voices=sum(bool(clip.voice) for clip in clips),
+        num_voices=sum(bool(clip.voice and clip.reference) for clip in (*clips, *invented)),
         dots=dots,
         durations=draw_durations(tables["duration"], names) if "duration" in tables else None,
         tables=tables,

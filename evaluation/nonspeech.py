@@ -26,6 +26,7 @@ from evaluation import sounds
 from evaluation.scores import Panel, Scores, transcribe
 from evaluation.systems import System
 
+FILE_NAME = "nonspeech.jsonl"
 SEED = 0
 CLIPS = 2  # of each kind
 SECONDS = 5.0  # of a clip without speech
@@ -229,6 +230,9 @@ def rows(panel: Panel) -> list[dict[str, Any]]:
                 prediction = texts[clip["id"]]
                 clip[f"{name}_{window}"] = prediction.text
                 clip[f"{name}_{window}_loops"] = prediction.loops
+                spoken = count_words(clip["text"], clip["language"])
+                written = count_words(prediction.text, clip["language"])
+                clip[f"{name}_{window}_invented"] = prediction.loops or written > spoken
         made.append(clip)
     return made
 
@@ -251,8 +255,11 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
     first = next(iter(columns.values()))
     lines = ["what it makes up: clips that got words of all, words a minute (of the reference)"]
     lines.append(line("", list(columns)))
-    for index, kind in enumerate(first["kinds"]):
-        lines.append(line(kind["kind"], [_cell(own["kinds"][index]) for own in columns.values()]))
+    by_kind = [
+        line(kind["kind"], [_cell(own["kinds"][index]) for own in columns.values()])
+        for index, kind in enumerate(first["kinds"])
+    ]
+    lines += by_kind[: -len(WITH_SPEECH)]
     lines.append(line("all without speech", [_cell(own) for own in columns.values()]))
     lines.append(
         line("repeated n-grams", [str(own["repeated_ngrams"]) for own in columns.values()])
@@ -261,6 +268,7 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
     lines.append(
         line("compression ratio", ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios])
     )
+    lines += by_kind[-len(WITH_SPEECH) :]
     lines += [
         f"left out: {kind['left_out']} clips of {kind['kind']}, which the scored clips do not hold"
         for kind in first["kinds"]

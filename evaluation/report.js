@@ -35,11 +35,13 @@ function textOf(clip) {
 
 function show() {
   const words = normalise(search.value).split(" ").filter(Boolean);
-  const chosen = order.filter((clip) =>
+  // Clips without speech are not scored: they are shown where they are asked for.
+  const pool = order.filter((clip) => clip.tags.includes("invented") === (filter === "invented"));
+  const chosen = pool.filter((clip) =>
     (!filter || clip.tags.includes(filter)) && words.every((word) => textOf(clip).includes(word)));
   body.replaceChildren(...chosen.slice(0, shown).map((clip) => clip.row));
   document.getElementById("status").textContent =
-    `${chosen.length} of ${clips.length} clips` + (chosen.length > shown ? `, ${shown} shown` : "");
+    `${chosen.length} of ${pool.length} clips` + (chosen.length > shown ? `, ${shown} shown` : "");
   document.getElementById("more").hidden = chosen.length <= shown;
 }
 
@@ -71,9 +73,9 @@ function sortBy(column) {
   show();
 }
 
-// Show the clips that a mark or a confusion leads to.
-function findClips(query) {
-  setFilter("");
+// Show the clips that a mark, a confusion or a kind leads to.
+function findClips(query, name = "") {
+  setFilter(name);
   search.value = query;
   shown = PAGE;
   show();
@@ -82,7 +84,7 @@ function findClips(query) {
 function openClip(id) {
   const clip = byRow.get(id);
   if (!clip) return;
-  findClips(clip.keys[0]);
+  findClips(clip.keys[0], clip.tags.includes("invented") ? "invented" : "");
   if (!clip.row.isConnected) body.prepend(clip.row);
   clip.row.scrollIntoView({ block: "center" });
   clip.row.focus();
@@ -104,6 +106,7 @@ document.addEventListener("click", (event) => {
   if (!link) return;
   const target = link.getAttribute("href");
   if (link.dataset.search) findClips(link.dataset.search);
+  if (link.dataset.kind) findClips(link.dataset.kind, "invented"); // then the first row is there
   if (target.startsWith("#clip-")) {
     event.preventDefault();
     openClip(target.slice(1));
@@ -117,4 +120,4 @@ document.addEventListener("play", (event) => {
 
 body.classList.add("ready");
 show();
-if (location.hash.startsWith("#clip-")) openClip(location.hash.slice(1));
+if (/^#(clip|nonspeech)-/.test(location.hash)) openClip(location.hash.slice(1));

@@ -10,8 +10,6 @@ from evaluation import nonspeech
 from evaluation.scores import Panel, Scores
 from evaluation.statistics import REPLICAS, Interval, Significance, significance
 
-PANEL_NAME = "nonspeech.jsonl"
-
 
 def write_results(
     folder: Path, scores: Scores, adapters: dict[str, str], provenance: dict[str, Any]
@@ -48,7 +46,7 @@ def write_results(
         "recipe": provenance,
     }
     write_text(folder / "predictions.jsonl", "".join(lines))
-    write_panel(folder / PANEL_NAME, scores.panel)
+    write_panel(folder / nonspeech.FILE_NAME, scores.panel)
     write_json(folder / "wer.json", result)
     print(table(systems))
     print(intervals_shown(systems, tested))

@@ -80,6 +80,38 @@ def with_statistics():
     return results
 
 
+PANEL = [  # id, kind, reference, what is written in all four ways
+    ("silence (1)", "silence", "", ("", "शुक्रिया", "", "")),
+    ("clicks (1)", "clicks", "", ("", "", "", "...")),
+    ("music (1)", "music", "", ("", "ला " * 12, "", ATTACK)),
+    ("padded (1)", "padded", "एक दोन", ("एक दोन", "एक दोन", "एक दोन तीन", "एक")),
+]
+WAYS = ("base_natural", "base_full", "adapter_natural", "adapter_full")
+
+
+def with_panel():
+    """The same results with what the systems made up; the rows of nonspeech.jsonl."""
+    results, panel = with_statistics(), []
+    counts = {
+        "clips": 1, "clips_with_words": 1, "words": 9, "words_per_minute": 108.4,
+        "repeated_ngrams": 0, "compression_ratio": None,
+    }  # fmt: skip
+    kinds = [
+        counts | {"kind": kind, "speech": bool(text), "left_out": 0} for _, kind, text, _ in PANEL
+    ] + [counts | {"kind": "pauses", "speech": False, "clips": 0, "left_out": 2}]
+    kinds[3]["reference_words_per_minute"] = 60.2
+    for name in ("base", "adapter"):
+        rates = counts | {"clips": 3, "kinds": kinds}
+        results[name]["nonspeech"] = {"natural": rates, "full": rates}
+    for name, kind, text, written in PANEL:
+        row = {"id": name, "kind": kind, "text": text, "seconds": 5.0, "language": "mr"}
+        for way, own in zip(WAYS, written, strict=True):
+            invented = own not in ("", "...") and own not in text
+            row |= {way: own, f"{way}_loops": own.count("ला") > 3, f"{way}_invented": invented}
+        panel.append(row)
+    return results, panel
+
+
 def rows(texts=TEXTS):
     made = []
     for number, (name, text, base, adapter) in enumerate(texts):
@@ -91,7 +123,7 @@ def rows(texts=TEXTS):
     return made
 
 
-def write(folder, results=RESULTS, clips=None, audio_mb=0.0, run=()):
+def write(folder, results=RESULTS, clips=None, audio_mb=0.0, run=(), panel=None):
     """Write a report of an evaluation; its text and what was printed."""
     clips = rows() if clips is None else clips
     (folder / "wer").mkdir(parents=True)
@@ -103,8 +135,13 @@ def write(folder, results=RESULTS, clips=None, audio_mb=0.0, run=()):
     flac = [encode_flac(tiny.tone(1.0, pitch=200.0, seed=seed)) for seed in range(len(clips))]
     dataset = Dataset.from_dict({"id": [row["id"] for row in clips], "audio": flac})
     adapters = {"base": "", "adapter": str(folder / "run" / "adapter")}
+    sounds = None
+    if panel:
+        content = "".join(json.dumps(row) + "\n" for row in panel)
+        (folder / "wer" / "nonspeech.jsonl").write_text(content)
+        sounds = Dataset.from_dict({"id": [row["id"] for row in panel], "audio": flac[:4]})
     printed = html_report.write_report(
-        folder / "wer", dataset, adapters=adapters, audio_mb=audio_mb
+        folder / "wer", dataset, adapters=adapters, audio_mb=audio_mb, panel=sounds
     )
     return (folder / "wer" / "report.html").read_text(encoding="utf-8"), printed
 
@@ -217,7 +254,35 @@ def test_no_address_is_on_the_page(tmp_path):
     assert "http" not in policy
 
 
+def test_the_report_shows_what_was_made_up_by_kind_window_and_system(tmp_path):
+    results, panel = with_panel()
+    page, _ = write(tmp_path / "panel", results, panel=panel)
+    section = page[page.index("What it makes up") :]
+    section = section[: section.index("</section>")]
+    text = " ".join(re.sub(r"<[^>]*>", " ", section).split())
+    for shown in (
+        "base, natural base, full adapter, natural adapter, full", "silence 1 of 1 108 1 of 1",
+        "pauses 2 left out: the scored clips hold none", "all without speech 1 of 3 108",
+        "padded 1 of 1 108 (60)",
+    ):  # fmt: skip
+        assert shown in text, shown
+    assert re.findall(r'href="#nonspeech-(\d)"', section) == ["0", "2", "3"], "clicks got no word"
+    assert "What it makes up" not in write(tmp_path / "none", with_statistics())[0]
+
+
 # ------ voices
+
+
+def test_sounds_of_the_panel_follow_the_voices_of_clips_below_the_same_limit(tmp_path):
+    results, panel = with_panel()
+    whole, _ = write(tmp_path / "whole", results, audio_mb=1.0, panel=panel)
+    assert whole.count("<audio") == len(TEXTS) + 3
+    assert f"holds the voices of {len(TEXTS) + 1} clips" in whole, "sounds are no voices"
+    uris = [len(uri) for uri in re.findall(r'src="(data:audio[^"]*)"', whole)]
+    limit = sum(uris[: len(TEXTS) + 1]) + 0.5 * uris[-1]
+    part, _ = write(tmp_path / "part", results, audio_mb=limit / 1e6, panel=panel)
+    assert part.count("<audio") == len(TEXTS) + 1
+    assert 'aria-label="Sound of silence (1)"' in part
 
 
 def test_voices_stay_below_the_limit_and_the_page_says_that_it_holds_them(tmp_path):
@@ -317,7 +382,8 @@ def page(tmp_path_factory):
         pytest.skip("needs Chromium")
     folder = tmp_path_factory.mktemp("report")
     more = [(f"clip {n:03d}", "घर " * (n % 7 + 1), "घर", "घर नदी") for n in range(150)]
-    write(folder, with_statistics(), rows(TEXTS + more), audio_mb=0.2)
+    results, panel = with_panel()
+    write(folder, results, rows(TEXTS + more), audio_mb=0.2, panel=panel)
     with browser.chromium(tmp_path_factory.mktemp("profile")) as opened:
         opened.address = (folder / "wer" / "report.html").as_uri()
         yield opened
@@ -389,6 +455,25 @@ def test_filters_show_the_clips_that_they_name(fresh):
     assert len(ids(fresh)) == 100
 
 
+def test_clips_without_speech_are_shown_where_they_are_asked_for(fresh):
+    assert "silence (1)" not in ids(fresh)
+    assert search(fresh, "silence") == []
+    search(fresh, "")
+    click(fresh, "[data-filter='invented']")
+    assert ids(fresh) == ["silence (1)", "music (1)", "padded (1)"]
+    assert status(fresh) == "3 of 3 clips"
+    click(fresh, "[data-key='seconds']")
+    assert len(ids(fresh)) == 3
+    fresh.open(fresh.address)
+    click(fresh, "[data-kind='music']")
+    assert ids(fresh) == ["music (1)"]
+    assert fresh.evaluate("location.hash") == "#nonspeech-2"
+    fresh.open("about:blank")
+    fresh.open(f"{fresh.address}#nonspeech-3")
+    assert ids(fresh) == ["padded (1)"]
+    fresh.open(fresh.address)
+
+
 def test_search_finds_ids_and_what_was_said_or_written(fresh):
     assert search(fresh, "TWO") == ["two"]
     assert search(fresh, "तीन") == ["one"]
@@ -446,6 +531,8 @@ def test_everything_is_reached_and_worked_with_the_keyboard(fresh):
     fresh.press("Enter", "\r")
     assert ids(fresh) == [LOOPING]
     fresh.press("Tab")
+    assert fresh.evaluate("document.activeElement.dataset.filter") == "invented"
+    fresh.press("Tab")
     assert fresh.evaluate("document.activeElement.id") == "search"
     fresh.press("Tab")
     assert fresh.evaluate("document.activeElement.dataset.key") == "clip"
@@ -464,7 +551,7 @@ def test_without_javascript_every_clip_is_on_the_page(page):
             boxes = [page.call("DOM.getContentQuads", nodeId=node)["quads"] for node in nodes[-1:]]
             return len(nodes), all(boxes)
 
-        assert seen("#table tbody tr") == (155, True)
+        assert seen("#table tbody tr") == (158, True), "155 and 3 without speech"
         assert seen(".noscript")[1]
     finally:
         page.call("Emulation.setScriptExecutionDisabled", value=False)
