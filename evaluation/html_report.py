@@ -164,7 +164,7 @@ def read_clips(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[C
 
 
 def read_invented(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[Clip]:
-    """Rows of nonspeech.jsonl where a text loops or has more words than were spoken, as clips."""
+    """Rows of nonspeech.jsonl for which a system invented a text, as clips."""
     columns = [(name, window) for name in systems for window in nonspeech.WINDOWS]
     clips = []
     for index, row in enumerate(rows):

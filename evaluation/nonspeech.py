@@ -35,6 +35,7 @@ NOISE_LEVELS = (-20, -40, -60)  # dBFS: loud as speech, a noisy room, a quiet on
 PAUSE_SECONDS = 0.3  # at least; shorter ones are within words
 SEARCHED = 200  # clips at most that pauses are looked for in: reading a whole corpus takes minutes
 CUT_SECONDS = 1.0  # of speech, then it ends
+BEYOND_SPEECH = 1.5  # times as many words as were spoken are no errors of spacing any more
 SPEECH_SECONDS = (2.0, 20.0)  # clips to be cut off or padded
 
 SOUNDS: dict[str, Callable[[np.random.Generator, float], np.ndarray]] = {
@@ -222,17 +223,22 @@ def compression_ratio(text: str) -> float:
 
 
 def rows(panel: Panel) -> list[dict[str, Any]]:
-    """A row of nonspeech.jsonl for each clip: what it is, and what each system wrote."""
+    """A row of nonspeech.jsonl for each clip: what it is, and what each system wrote.
+
+    A text is invented if it repeats itself or has far more words than were spoken, who are none
+    on a clip without speech.
+    """
     made = []
-    for clip in panel.clips.select_columns(["id", "kind", "seconds", "language", "text"]):
+    for clip in panel.clips.remove_columns("audio"):
+        spoken = count_words(clip["text"], clip["language"]) * clip.pop("share")
         for name, windows in panel.texts.items():
             for window, texts in windows.items():
                 prediction = texts[clip["id"]]
                 clip[f"{name}_{window}"] = prediction.text
                 clip[f"{name}_{window}_loops"] = prediction.loops
-                spoken = count_words(clip["text"], clip["language"])
                 written = count_words(prediction.text, clip["language"])
-                clip[f"{name}_{window}_invented"] = prediction.loops or written > spoken
+                is_invented = prediction.loops or written > BEYOND_SPEECH * spoken
+                clip[f"{name}_{window}_invented"] = is_invented
         made.append(clip)
     return made
 
@@ -253,7 +259,9 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
         return f"{title:<26}" + "".join(f"{cell:>{width}}" for cell in cells)
 
     first = next(iter(columns.values()))
-    lines = ["what it makes up: clips that got words of all, words a minute (of the reference)"]
+    lines = [
+        "what it makes up: clips with words of all, words a minute (and those of the reference)"
+    ]
     lines.append(line("", list(columns)))
     by_kind = [
         line(kind["kind"], [_cell(own["kinds"][index]) for own in columns.values()])

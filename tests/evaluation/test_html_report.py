@@ -261,9 +261,9 @@ def test_the_report_shows_what_was_made_up_by_kind_window_and_system(tmp_path):
     section = section[: section.index("</section>")]
     text = " ".join(re.sub(r"<[^>]*>", " ", section).split())
     for shown in (
-        "base, natural base, full adapter, natural adapter, full", "silence 1 of 1 108 1 of 1",
-        "pauses 2 left out: the scored clips hold none", "all without speech 1 of 3 108",
-        "padded 1 of 1 108 (60)",
+        "base, natural base, full adapter, natural adapter, full", "silence 1 of 1 108/min 1 of 1",
+        "pauses 2 left out: the scored clips hold none", "all without speech 1 of 3 108/min",
+        "padded 1 of 1 108/min (60)",
     ):  # fmt: skip
         assert shown in text, shown
     assert re.findall(r'href="#nonspeech-(\d)"', section) == ["0", "2", "3"], "clicks got no word"
@@ -442,6 +442,8 @@ def test_filters_show_the_clips_that_they_name(fresh):
     click(fresh, "[data-filter='looping']")
     assert ids(fresh) == [LOOPING]
     assert status(fresh) == "1 of 155 clips"
+    hidden = "getComputedStyle(document.getElementById('more')).display === 'none'"
+    assert fresh.evaluate(hidden), "there are no more"
     click(fresh, "[data-filter='worst']")
     assert len(ids(fresh)) == 20
     click(fresh, "[data-filter='improved']")
@@ -451,6 +453,7 @@ def test_filters_show_the_clips_that_they_name(fresh):
     assert all(change > 0 for change in values(fresh, 4))
     click(fresh, "[data-filter='']")
     assert status(fresh) == "155 of 155 clips, 50 shown"
+    assert not fresh.evaluate(hidden)
     click(fresh, "#more-button")
     assert len(ids(fresh)) == 100
 

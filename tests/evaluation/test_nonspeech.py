@@ -195,6 +195,17 @@ def test_words_repeats_and_compression_are_counted_by_kind_and_together(panel):
     assert shown[nonspeech.PADDED] == ["2", "of", "2,", "80", "(6)", "2", "of", "2,", "80", "(6)"]
 
 
+def test_a_text_is_invented_if_it_repeats_or_has_far_more_words_than_were_spoken(panel):
+    def kinds(text, loops=False):
+        panel.texts = {"base": {"full": texts(panel, text, loops)}}
+        return {row["kind"] for row in nonspeech.rows(panel) if row["base_full_invented"]}
+
+    assert kinds("") == kinds("...") == set()
+    assert kinds("एक दोन") == set(nonspeech.KINDS) - set(nonspeech.WITH_SPEECH)
+    assert kinds("एक दो न तीन") == kinds("एक दोन") | {nonspeech.CUT}, "an error of spacing"
+    assert kinds("एक दोन तीन चार पाच") == kinds("", loops=True) == set(nonspeech.KINDS)
+
+
 # ------ in an evaluation
 
 
