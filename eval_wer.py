@@ -43,7 +43,7 @@ class Config:
     batch_seconds: float = 0.0  # seconds of audio window per batch; 0: what fits memory
     num_beams: int = 1  # beams of the search; 1: greedy decoding
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
-    panels: bool = True  # also decode clips without speech, to show what is made up
+    panels: bool = True  # also test clips without speech and what the base could do
     num_workers: int = 1  # processes that read audio ahead; 0: the main process
     collective_timeout: float = 120.0  # minutes a process waits for the other processes
     report_audio_mb: float = 10.0  # megabytes of voices in report.html at most; 0: none

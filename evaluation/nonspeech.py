@@ -204,7 +204,9 @@ def _rates(clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _per_minute(clips: Sequence[dict[str, Any]], key: str) -> float | None:
-    return sum(c[key] for c in clips) / sum(c["minutes"] for c in clips) if clips else None
+    if not clips:
+        return None
+    return sum(clip[key] for clip in clips) / sum(clip["minutes"] for clip in clips)
 
 
 def count_words(text: str, language: str) -> int:
@@ -225,8 +227,8 @@ def compression_ratio(text: str) -> float:
 def rows(panel: Panel) -> list[dict[str, Any]]:
     """A row of nonspeech.jsonl for each clip: what it is, and what each system wrote.
 
-    A text is invented if it repeats itself or has far more words than were spoken, who are none
-    on a clip without speech.
+    A text is invented if it repeats itself or has far more words than were spoken: any word on a
+    clip without speech.
     """
     made = []
     for clip in panel.clips.remove_columns("audio"):
