@@ -101,7 +101,7 @@ def systems_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: value
         for name, value in results.items()
-        if isinstance(value, dict) and "normalisers" in value
+        if name != "also" and isinstance(value, dict) and "normalisers" in value
     }
 
 
@@ -262,6 +262,7 @@ def render(
         dots=dots,
         durations=draw_durations(tables["duration"], names) if "duration" in tables else None,
         tables=tables,
+        also={name: (own, systems_of(own)) for name, own in results.get("also", {}).items()},
         runs={name: (records, draw_run(records)) for name, records in runs.items()},
         parts={name: Markup(text) for name, text in parts.items()},  # noqa: S704 - our own files
         hashes={name: content_hash(text) for name, text in parts.items()},
