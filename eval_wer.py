@@ -22,6 +22,7 @@ from common.precision import DTYPES, Precision
 from common.prepared import column
 from common.provenance import describe_run
 from common.windows import DecodeWindowMode
+from evaluation.abilities import measure_abilities
 from evaluation.folders import folder_rules, name_folders, same_folder, split_folders
 from evaluation.html_report import write_report
 from evaluation.report import write_results
@@ -47,6 +48,7 @@ class Config:
     num_workers: int = 1  # processes that read audio ahead; 0: the main process
     collective_timeout: float = 120.0  # minutes a process waits for the other processes
     report_audio_mb: float = 10.0  # megabytes of voices in report.html at most; 0: none
+    panels: bool = True  # also test clips without speech and what the base could do
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for scores, texts, report
 
 
@@ -165,6 +167,8 @@ def evaluate(config: Config) -> None:
         )
         for clips in (scores, *also.values()):
             score_clips(clips, name, system, accelerator, tokenizer, config.batch_seconds)
+            if config.panels:
+                measure_abilities(clips, name, system, accelerator, tokenizer)
         del system  # before the next one is loaded
 
     # ------ results

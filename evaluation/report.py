@@ -6,6 +6,7 @@ from typing import Any
 
 from common.files import write_json, write_text
 from common.prepared import column
+from evaluation.abilities import abilities_shown, has_abilities
 from evaluation.scores import Scores
 from evaluation.statistics import REPLICAS, Interval, Significance, significance
 
@@ -36,9 +37,13 @@ def write_results(
     write_json(folder / "wer.json", result)
     print(table(systems))
     print(intervals_shown(systems, tested))
+    if has_abilities(systems):
+        print(abilities_shown(systems))
     for name, own in also.items():
         print(f"also {name}")
         print(intervals_shown(own.systems, tested_also[name]))
+        if has_abilities(own.systems):
+            print(abilities_shown(own.systems))
     for name, system in systems.items():
         print(f"{name}: {key_values(system)}")
     print(f"scores {folder / 'wer.json'}, texts {folder / 'predictions.jsonl'}", flush=True)

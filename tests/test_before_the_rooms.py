@@ -67,6 +67,7 @@ def test_its_adapter_is_scored_at_the_windows_of_its_own_record(folder):
             output_dir="wer",
             precision="fp32",
             num_workers=0,
+            panels=False,
         )
     )
     adapter = json.loads((folder / "wer" / "wer.json").read_text())["adapter"]

@@ -52,6 +52,7 @@ def options(checkpoint, prepared, adapter, tmp_path):
         "compare_base": True,
         "output_dir": str(tmp_path / "wer"),
         "num_workers": 0,
+        "panels": False,
     }
 
 
@@ -301,6 +302,7 @@ def test_a_full_checkpoint_is_scored_without_adapter(options):
     result = evaluate(options | {"adapter": "", "compare_base": False})
     assert set(result) == {"base", "also", "adapters", "comparisons", "bootstrap", "recipe"}
     assert (result["adapters"], result["comparisons"]) == ({}, [])
+    assert "abilities" not in result["base"], "panels are off"
 
 
 def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_path):

@@ -36,7 +36,7 @@ def test_training_and_its_encoder_cache_are_those_of_one_process(
 def test_an_evaluation_keeps_every_clip(checkpoint, prepared, tmp_path, monkeypatch):
     options = {
         "model": str(checkpoint), "data_dir": str(prepared), "num_workers": 0,
-        "output_dir": str(tmp_path / "two"),
+        "output_dir": str(tmp_path / "two"), "panels": False,
     }  # fmt: skip
     run_uneven("eval_wer", options, monkeypatch)
     one = options | {"output_dir": str(tmp_path / "one")}

@@ -417,7 +417,7 @@ def test_every_metric_is_read_out_of_what_the_scripts_really_print(
     eval_wer.main(
         eval_wer.Config(
             model=str(checkpoint), adapter=adapter, compare_base=True, data_dir=str(prepared),
-            output_dir=output, num_workers=0,
+            output_dir=output, num_workers=0, panels=False,
         )
     )  # fmt: skip
     lines = capsys.readouterr().out.splitlines()

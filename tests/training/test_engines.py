@@ -152,6 +152,7 @@ def test_no_thread_of_gloo_outlives_the_interpreter(options, folder, config, scr
     own = options | {"output_dir": str(folder / f"threads_{script}_{config}"), "max_steps": 1}
     if script == "eval_wer":
         own = {name: own[name] for name in ("model", "data_dir", "output_dir", "num_workers")}
+        own["panels"] = False
     words = launch.command("tests/threads_at_exit.py", own, processes=2, config=config)
     words.insert(words.index("tests/threads_at_exit.py") + 1, script)
     done = subprocess.run(
@@ -172,7 +173,7 @@ def test_a_whole_model_is_saved_as_plain_transformers_loads_it_and_is_scored(one
     eval_wer.main(
         eval_wer.Config(
             model=saved, data_dir=one_full["data_dir"], output_dir=str(tmp_path / "wer"),
-            split="validation", num_workers=0,
+            split="validation", num_workers=0, panels=False,
         )
     )  # fmt: skip
     scored = json.loads((tmp_path / "wer" / "wer.json").read_text(encoding="utf-8"))

@@ -362,6 +362,7 @@ def test_an_adapter_of_a_part_of_the_model_trains_and_is_scored(options, scope, 
         eval_wer.Config(
             model=options["model"], adapter=options["output_dir"] + "/adapter",
             data_dir=options["data_dir"], output_dir=str(tmp_path / "wer"), num_workers=0,
+            panels=False,
         )
     )  # fmt: skip
     scored = json.loads((tmp_path / "wer" / "wer.json").read_text(encoding="utf-8"))
