@@ -306,10 +306,10 @@ def _share(counts: dict[str, Any] | None, key: str, whole: dict[str, Any] | None
 def _confusion(counts: dict[str, Any] | None) -> str:
     if not counts:
         return NOT_APPLICABLE
-    pairs = counts["confusions"][:1]
-    return (
-        "".join(f"{own['language']} as {own['detected']}: {own['count']}" for own in pairs) or "-"
-    )
+    if not counts["confusions"]:
+        return "none"
+    first = counts["confusions"][0]
+    return f"{first['language']} as {first['detected']}: {first['count']}"
 
 
 def _latin(counts: dict[str, Any] | None) -> str:
