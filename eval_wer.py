@@ -22,6 +22,8 @@ from common.precision import DTYPES, Precision
 from common.prepared import column
 from common.provenance import describe_run
 from common.windows import DecodeWindowMode
+from evaluation.abilities import measure_abilities
+from evaluation.folders import folder_rules, name_folders, same_folder, split_folders
 from evaluation.html_report import write_report
 from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
@@ -37,6 +39,7 @@ class Config:
     adapter: str = ""  # folder of an adapter, or A,B,C to compare several; empty: --model alone
     compare_base: bool = False  # also score --model without an adapter, on the same clips
     data_dir: str = os.environ.get("SM_CHANNEL_TEST", "prepared")  # output of preprocess.py
+    also: str = ""  # more prepared folders to score, as DIR or A,B: other languages or domains
     split: str = "test"  # train, validation or test
     max_clips: int = 0  # number of clips to score, from the first on; 0: all
     context: DecodeWindowMode = "auto"  # natural follows the clip, full is 30 s, auto: as trained
@@ -55,25 +58,20 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse impossible options, all of them in one message."""
-    folders = list(name_adapters(config.adapter).values())
-    repeated = sorted({folder for folder in folders if folders.count(folder) > 1})
     cli.refuse(
         [
             (
                 config.compare_base and not config.adapter,
                 "--compare_base true needs an adapter to compare: give --adapter",
             ),
+            *folder_rules("--adapter", config.adapter, "give a trained adapter's"),
+            *folder_rules("--also", config.also, "give the output of preprocess.py"),
             *(
                 (
-                    not folder or not Path(folder).is_dir(),
-                    f"--adapter {folder or config.adapter}: no such folder: give a trained "
-                    "adapter's, or several as A,B,C",
+                    same_folder(folder, config.data_dir),
+                    f"--also {folder}: is scored as --data_dir already: leave it out",
                 )
-                for folder in dict.fromkeys(folders)
-            ),
-            (
-                bool(repeated),
-                f"--adapter {config.adapter}: {', '.join(repeated)} is given twice: keep one",
+                for folder in split_folders(config.also)
             ),
             *cli.out_of_range(config, not_negative=["batch_seconds"]),
             (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
@@ -93,19 +91,27 @@ def name_adapters(adapter: str) -> dict[str, str]:
     """
     if "," not in adapter:
         return {"adapter": adapter} if adapter else {}
-    return {f"adapter_{index}": folder for index, folder in enumerate(adapter.split(","), 1)}
+    return {f"adapter_{index}": folder for index, folder in enumerate(split_folders(adapter), 1)}
 
 
 def check_languages(
-    model: str, data_dir: str, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+    model: str,
+    data_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    option: str = "--data_dir",
 ) -> None:
-    """Refuse a model that has no token for a language of the clips."""
+    """Refuse a model that has no token for a language of the clips.
+
+    Args:
+        option: that names the folder of the clips, for the message.
+    """
     codes = {str(code) for code in column(dataset, "language")}
     unknown = sorted(code for code in codes if not labels.has_language(tokenizer, code))
     if unknown:
         raise cli.UserError(
             f"--model {model}: cannot write {', '.join(unknown)}, the language of clips in "
-            f"--data_dir {data_dir}: give a multilingual model that has it"
+            f"{option} {data_dir}: give a multilingual model that has it"
         )
 
 
@@ -127,17 +133,23 @@ def evaluate(config: Config) -> None:
     )
 
     # ------ data
-    scores = load_clips(
-        config.data_dir, config.split, max_clips=config.max_clips, num_beams=config.num_beams,
-        num_workers=config.num_workers, quiet=not accelerator.is_main_process,
-    )  # fmt: skip
     tokenizer = labels.load_tokenizer(config.model)
+    clip_options = {
+        "max_clips": config.max_clips, "num_beams": config.num_beams,
+        "num_workers": config.num_workers, "quiet": not accelerator.is_main_process,
+    }  # fmt: skip
+    scores = load_clips(config.data_dir, config.split, **clip_options)
     check_languages(config.model, config.data_dir, tokenizer, scores.dataset)
     say(
         accelerator,
-        f"{config.split}: {len(scores.dataset)} clips, {scores.seconds / 60:.1f} minutes, "
-        f"{accelerator.num_processes} processes, {config.precision}",
+        f"{config.split}: {scores.size}, {accelerator.num_processes} processes, {config.precision}",
     )
+    also = {}
+    for name, folder in name_folders(config.also).items():
+        also[name] = load_clips(folder, config.split, **clip_options, option="--also")
+        also[name].train = None  # no adapter was trained on it
+        check_languages(config.model, folder, tokenizer, also[name].dataset, "--also")
+        say(accelerator, f"also {name}: {also[name].size}")
 
     # ------ base and adapters
     adapters = name_adapters(config.adapter)
@@ -151,7 +163,10 @@ def evaluate(config: Config) -> None:
             dtype=DTYPES[config.precision],
             device=accelerator.device,
         )
-        score_clips(scores, name, system, accelerator, tokenizer, config.batch_seconds)
+        for clips in (scores, *also.values()):
+            score_clips(clips, name, system, accelerator, tokenizer, config.batch_seconds)
+            if config.panels:
+                measure_abilities(clips, name, system, accelerator, tokenizer)
         if config.panels:
             decode_panel(scores, name, system, accelerator, tokenizer, config.batch_seconds)
         del system  # before the next one is loaded
@@ -159,8 +174,9 @@ def evaluate(config: Config) -> None:
     # ------ results
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
-        describe_errors(scores)
-        write_results(folder, scores, adapters, describe_run(config))
+        for clips in (scores, *also.values()):
+            describe_errors(clips)
+        write_results(folder, scores, also, adapters, describe_run(config))
         address = write_report(
             folder,
             scores.dataset,

@@ -165,6 +165,7 @@ def our_training(
         commands[window] = [
             "eval_wer.py", "--model", config.model, "--adapter", run / "adapter", "--data_dir",
             data, "--context", window, "--precision", precision, "--output_dir", run / window,
+            "--panels", "false",
         ]  # fmt: skip
     costs = {
         name: process.run(words, run.parent.parent / f"{run.parent.name}_{run.name}_{name}.log")

@@ -61,13 +61,14 @@ def decode(
     task: str,
     caps: Sequence[int],
     num_beams: int = 1,
+    timestamps: bool = False,
 ) -> list[Decoded]:
     """Transcribe a batch; where it does not fit the GPU's memory, one half after the other.
 
     The tokens of a clip do not depend on its batch. Arguments and result are those of
     `decode_at_once`.
     """
-    options = {"task": task, "num_beams": num_beams}
+    options = {"task": task, "num_beams": num_beams, "timestamps": timestamps}
     try:
         return decode_at_once(
             model, waves, windows=windows, languages=languages, caps=caps, **options
@@ -95,6 +96,7 @@ def decode_at_once(
     task: str,
     caps: Sequence[int],
     num_beams: int = 1,
+    timestamps: bool = False,
 ) -> list[Decoded]:
     """Encode a batch once, then decode it greedily or with beams.
 
@@ -103,13 +105,19 @@ def decode_at_once(
         windows: (B) encoder positions that each clip is given.
         languages: (B) codes; `None` for an English-only model, which takes neither them nor a task.
         caps: (B) most new tokens of each clip, so that one looping clip ends by itself.
+        timestamps: greedily and with the timestamps that the model itself writes: unlike
+            `generate`, nothing forces their order.
 
     Returns:
         (B) texts.
     """
     encoded = encode_windows(model, waves, windows)
-    if num_beams == 1 and _is_plain_greedy(model.generation_config):
-        return _greedy(model, encoded, _prompts(model, languages, task, len(caps)), caps)
+    if timestamps or (num_beams == 1 and _is_plain_greedy(model.generation_config)):
+        prompts = _prompts(model, languages, task, len(caps))
+        if not timestamps:
+            return _greedy(model, encoded, prompts, caps)
+        no_timestamps = model.generation_config.no_timestamps_token_id
+        return _greedy(model, encoded, prompts[:, :-1], caps, forbidden=[no_timestamps])
     texts = [Decoded([], None)] * len(caps)
     for rows, states in encoded:
         group_texts = _generate(
@@ -344,12 +352,14 @@ def _greedy(
     encoded: list[tuple[list[int], torch.Tensor]],
     prompts: torch.Tensor,
     caps: Sequence[int],
+    forbidden: Sequence[int] = (),
 ) -> list[Decoded]:
     """The most probable token, again and again, in a batch that shrinks as clips end.
 
     Args:
         encoded: clips and their states, a pair for each window.
         prompts: (B, P) tokens.
+        forbidden: tokens that are never taken, beside those of the checkpoint.
     """
     config, texts = model.generation_config, [[] for _ in caps]
     suppressed, suppressed_first = (
@@ -358,7 +368,7 @@ def _greedy(
             dtype=torch.long,
             device=prompts.device,
         )
-        for ids in (config.suppress_tokens, config.begin_suppress_tokens)
+        for ids in ([*(config.suppress_tokens or []), *forbidden], config.begin_suppress_tokens)
     )
     clips = [clip for group, _ in encoded for clip in group]  # of the rows of the batch
     unfinished = set(clips)

@@ -21,6 +21,7 @@ from common.audio import decode_flac
 from common.files import write_text
 from common.prepared import column
 from evaluation import charts, diff, nonspeech, voices
+from evaluation.abilities import ability_rows, has_abilities
 from evaluation.scores import WORST_CLIPS
 
 NAME = "report.html"
@@ -111,7 +112,7 @@ def systems_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: value
         for name, value in results.items()
-        if isinstance(value, dict) and "normalisers" in value
+        if name != "also" and isinstance(value, dict) and "normalisers" in value
     }
 
 
@@ -307,7 +308,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"signed": signed, "interval": show_interval, "p_value": show_p}
-    systems = systems_of(results)
+    systems, config = systems_of(results), results["recipe"]["config"]
     names = list(systems)
     tables = breakdowns_of(systems)
     panel = panel_of(systems, invented)
@@ -320,10 +321,12 @@ def render(
         dots = charts.dots(pairs, names[0], names[-1])
     parts = {name: read_part(f"report.{name}") for name in ("css", "js")}
     parts["start"] = 'document.documentElement.className = "js";'  # before the table is laid out
+    also = {name: (own, systems_of(own)) for name, own in results.get("also", {}).items()}
+    examined = [(config["split"], systems), *((name, own) for name, (_, own) in also.items())]
     return environment.get_template("report.html.j2").render(
         results=results,
-        config=results["recipe"]["config"],
-        model=Path(results["recipe"]["config"]["model"]).name,  # no path of this machine
+        config=config,
+        model=Path(config["model"]).name,  # no path of this machine
         systems=systems,
         names=names,
         headline=headline(results),
@@ -338,6 +341,12 @@ def render(
         dots=dots,
         durations=draw_durations(tables["duration"], names) if "duration" in tables else None,
         tables=tables,
+        also=also,
+        abilities=[
+            (name, next(iter(own.values()))["abilities"]["clips"], ability_rows(own))
+            for name, own in examined
+            if has_abilities(own)
+        ],
         runs={name: (records, draw_run(records)) for name, records in runs.items()},
         parts={name: Markup(text) for name, text in parts.items()},  # noqa: S704 - our own files
         hashes={name: content_hash(text) for name, text in parts.items()},

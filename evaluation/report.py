@@ -7,21 +7,55 @@ from typing import Any
 from common.files import write_json, write_text
 from common.prepared import column
 from evaluation import nonspeech
+from evaluation.abilities import abilities_shown, has_abilities
 from evaluation.scores import Panel, Scores
 from evaluation.statistics import REPLICAS, Interval, Significance, significance
 
 
 def write_results(
-    folder: Path, scores: Scores, adapters: dict[str, str], provenance: dict[str, Any]
+    folder: Path,
+    scores: Scores,
+    also: dict[str, Scores],
+    adapters: dict[str, str],
+    provenance: dict[str, Any],
 ) -> None:
     """Write predictions.jsonl and wer.json, and print the table.
 
     Args:
+        also: of the other folders, by their names: predictions_NAME.jsonl, and short tables.
         adapters: folder of each adapter, by the name of its system.
     """
-    dataset, systems, texts, counts = scores.dataset, scores.systems, scores.texts, scores.counts
-    tested = significance(column(dataset, "id"), column(dataset, "speaker"), counts)
     folder.mkdir(parents=True, exist_ok=True)
+    systems, tested = scores.systems, write_texts(folder / "predictions.jsonl", scores)
+    tested_also = {
+        name: write_texts(folder / f"predictions_{name}.jsonl", own) for name, own in also.items()
+    }
+    result = compared(systems, tested) | {
+        "also": {name: compared(own.systems, tested_also[name]) for name, own in also.items()},
+        "adapters": adapters,
+        "recipe": provenance,
+    }
+    write_panel(folder / nonspeech.FILE_NAME, scores.panel)
+    write_json(folder / "wer.json", result)
+    print(table(systems))
+    print(intervals_shown(systems, tested))
+    if scores.panel:
+        print(nonspeech.table(systems))
+    if has_abilities(systems):
+        print(abilities_shown(systems))
+    for name, own in also.items():
+        print(f"also {name}")
+        print(intervals_shown(own.systems, tested_also[name]))
+        if has_abilities(own.systems):
+            print(abilities_shown(own.systems))
+    for name, system in systems.items():
+        print(f"{name}: {key_values(system)}")
+    print(f"scores {folder / 'wer.json'}, texts {folder / 'predictions.jsonl'}", flush=True)
+
+
+def write_texts(path: Path, scores: Scores) -> Significance:
+    """Write each clip with its texts as a line, and add intervals to the rates."""
+    dataset, texts, counts = scores.dataset, scores.texts, scores.counts
     lines = []
     rows = dataset.select_columns(["id", "text", "seconds", "language", "speaker"])
     for index, row in enumerate(rows):
@@ -36,25 +70,17 @@ def write_results(
                 f"{name}_logprob": prediction.logprob,
             }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    for name, system in systems.items():
+    write_text(path, "".join(lines))
+    tested = significance(column(dataset, "id"), column(dataset, "speaker"), counts)
+    for name, system in scores.systems.items():
         for normaliser, rates in system["normalisers"].items():
             rates |= tested.intervals[name][normaliser]
-    result = systems | {
-        "adapters": adapters,
-        "comparisons": tested.comparisons,
-        "bootstrap": tested.bootstrap,
-        "recipe": provenance,
-    }
-    write_text(folder / "predictions.jsonl", "".join(lines))
-    write_panel(folder / nonspeech.FILE_NAME, scores.panel)
-    write_json(folder / "wer.json", result)
-    print(table(systems))
-    print(intervals_shown(systems, tested))
-    if scores.panel:
-        print(nonspeech.table(systems))
-    for name, system in systems.items():
-        print(f"{name}: {key_values(system)}")
-    print(f"scores {folder / 'wer.json'}, texts {folder / 'predictions.jsonl'}", flush=True)
+    return tested
+
+
+def compared(systems: dict[str, dict[str, Any]], tested: Significance) -> dict[str, Any]:
+    """Systems and their comparisons, as wer.json has them."""
+    return systems | {"comparisons": tested.comparisons, "bootstrap": tested.bootstrap}
 
 
 def write_panel(path: Path, panel: Panel | None) -> None:
@@ -100,9 +126,9 @@ def difference_shown(comparison: dict[str, Any], clips: int, *, alone: bool) -> 
     line = f"{name} {comparison['difference']:+.1f}{_shown(comparison['interval'])}"
     line += f", p <= {least:.4f}" if p <= least else f", p = {p:.4f}"
     line += _shown(comparison.get("interval_clips"), ", over clips ")
-    return (
-        line if comparison["distinguishable"] else f"{line}: not distinguishable on {clips} clips"
-    )
+    if not comparison["distinguishable"]:
+        return f"{line}: not distinguishable on {clips} clips"
+    return f"{line}: worse" if comparison["difference"] > 0 else line
 
 
 def _shown(interval: Interval, before: str = " ") -> str:

@@ -50,22 +50,36 @@ class Scores:
     def seconds(self) -> float:
         return float(column(self.dataset, "seconds").sum())
 
+    @property
+    def size(self) -> str:
+        return f"{len(self.dataset)} clips, {self.seconds / 60:.1f} minutes"
+
 
 def load_clips(
-    data_dir: str, split: str, *, max_clips: int, num_beams: int, num_workers: int, quiet: bool
+    data_dir: str,
+    split: str,
+    *,
+    max_clips: int,
+    num_beams: int,
+    num_workers: int,
+    quiet: bool,
+    option: str = "--data_dir",
 ) -> Scores:
     """The clips of a split, to be scored.
 
     Args:
         max_clips: from the first on; 0: all.
         num_beams, num_workers, quiet: of DecodeOptions.
+        option: that names the folder, for error messages.
 
     Raises:
         UserError: the folder has no such split.
     """
-    splits, report = load_prepared(data_dir)
+    splits, report = load_prepared(data_dir, option)
     if split not in splits:
-        raise UserError(f"--split {split}: {data_dir} has only {', '.join(splits)}: give one")
+        raise UserError(
+            f"--split {split}: {option} {data_dir} has only {', '.join(splits)}: give one"
+        )
     dataset = splits[split]
     if max_clips:
         dataset = dataset.select(range(min(max_clips, len(dataset))))

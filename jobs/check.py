@@ -261,6 +261,11 @@ def _script_options(job: TrainingJob, options: Any) -> Iterator[Rule]:
         remedy = f"give {instead[key]} instead" if key in instead else "leave it out"
         yield key in given, f"--{prefix}.{key} {given.get(key)}: is set by the job: {remedy}"
     yield (
+        "also" in given,
+        f"--{prefix}.also {given.get('also')}: a job has the data of {data} alone: leave it out, "
+        "and score the other folders in jobs of their own",
+    )
+    yield (
         "model" in given and bool(job.model_s3),
         f"--{prefix}.model {given.get('model')}: --model_s3 names another: keep one",
     )

@@ -101,6 +101,8 @@ def check_script(script: str, arguments: list[str], tmp_path: Path) -> None:
     config = cli.parse(SCRIPTS[script].Config, arguments)
     if getattr(config, "adapter", ""):
         config.adapter = str(tmp_path)
+    if getattr(config, "also", ""):
+        config.also = str(tmp_path)
     SCRIPTS[script].check(config)
 
 

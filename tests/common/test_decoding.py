@@ -63,6 +63,24 @@ def test_stock_generate_on_padded_features_gives_the_same_tokens(base, checkpoin
     assert decode(base, inputs, caps=[15, 15]) == expected.tolist()
 
 
+def test_with_timestamps_the_model_writes_what_it_would_but_never_that_there_are_none(base):
+    inputs, config = waves(2, 100), base.generation_config
+    states = whisper.encode(base, inputs)
+    base.proj_out.weight.data[config.no_timestamps_token_id] *= 20  # the model wants to
+    prompt = [tiny.START, config.lang_to_id["<|mr|>"], config.task_to_id["transcribe"]]
+    tokens, wanted = torch.tensor([prompt, prompt]), 0
+    for _ in range(6):
+        with torch.no_grad():
+            scores = base(encoder_outputs=(states,), decoder_input_ids=tokens).logits[:, -1]
+        wanted += int((scores.argmax(-1) == config.no_timestamps_token_id).sum())
+        scores[:, config.no_timestamps_token_id] = -torch.inf
+        tokens = torch.cat([tokens, scores.argmax(-1, keepdim=True)], dim=1)
+    assert wanted > 0
+    written = decode(base, inputs, caps=[6, 6], timestamps=True)
+    assert written == tokens[:, len(prompt) :].tolist()
+    assert decode(base, inputs, caps=[6, 6]) != written
+
+
 def test_a_batch_that_shrinks_gives_the_tokens_that_generate_gives(ending, monkeypatch):
     inputs, caps = waves(12), [40 - i for i in range(12)]
     shrunk = decode(ending, inputs, caps=caps, languages=["mr", "hi"] * 6)

@@ -301,8 +301,9 @@ def test_merging_is_done_in_float32_before_the_weights_are_converted(checkpoint,
 
 def test_a_full_checkpoint_is_scored_without_adapter(options):
     result = evaluate(options | {"adapter": "", "compare_base": False})
-    assert set(result) == {"base", "adapters", "comparisons", "bootstrap", "recipe"}
+    assert set(result) == {"base", "also", "adapters", "comparisons", "bootstrap", "recipe"}
     assert (result["adapters"], result["comparisons"]) == ({}, [])
+    assert "abilities" not in result["base"], "panels are off"
 
 
 def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_path):

@@ -242,6 +242,13 @@ def test_options_that_the_job_sets_are_refused():
     assert "--model_s3 names another" in problems({"model": "m"}, model_s3=f"s3://{BUCKET}/m")[0]
 
 
+def test_other_folders_are_refused_because_a_job_has_the_data_of_one():
+    job = Eval(**BASE, test_s3=f"s3://{BUCKET}/prepared", model_s3=f"s3://{BUCKET}/m")
+    options = eval_wer.Config(also="news")
+    found = job_check.all_problems(job, options, build_request(job, options, NAME))
+    assert any("--eval.also news: a job has the data of --test_s3 alone" in text for text in found)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -636,7 +636,8 @@ def test_an_evaluation_scores_the_adapter_of_a_training_jobs_archive(
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "adapter", "adapter")
     channels = {"test": prepared, "model": checkpoint, "adapter": tmp_path / "model.tar.gz"}
-    ml = sagemaker.make_ml(tmp_path / "ml", {"compare_base": "true"}, channels)
+    options = {"compare_base": "true", "panels": "false"}
+    ml = sagemaker.make_ml(tmp_path / "ml", options, channels)
     node = sagemaker.start_node(ml, LAUNCH_SCRIPT="eval_wer.py", LAUNCH_STAGE="true")
     code, out, err = sagemaker.end(node)
     assert code == 0, err[-3000:]
