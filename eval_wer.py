@@ -11,6 +11,7 @@ gathered by clip id, and errors are counted over the corpus once.
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -18,10 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from common import cli, labels, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
+from common.files import write_json
 from common.precision import DTYPES, Precision
-from common.prepared import column
+from common.prepared import SPLITS, column, load_prepared
 from common.provenance import describe_run
 from common.windows import DecodeWindowMode
+from evaluation.audit import audit, write_audit
 from evaluation.html_report import write_report
 from evaluation.report import write_results
 from evaluation.scores import describe_errors, load_clips, score_clips
@@ -37,7 +40,8 @@ class Config:
     compare_base: bool = False  # also score --model without an adapter, on the same clips
     data_dir: str = os.environ.get("SM_CHANNEL_TEST", "prepared")  # output of preprocess.py
     split: str = "test"  # train, validation or test
-    max_clips: int = 0  # number of clips to score, from the first on; 0: all
+    max_clips: int = 0  # number of clips to score, and to audit, from the first on; 0: all
+    audit: str = ""  # split whose suspect transcripts are listed in audit.csv; empty: none
     context: DecodeWindowMode = "auto"  # natural follows the clip, full is 30 s, auto: as trained
     batch_seconds: float = 0.0  # seconds of audio window per batch; 0: what fits memory
     num_beams: int = 1  # beams of the search; 1: greedy decoding
@@ -97,6 +101,11 @@ def name_adapters(adapter: str) -> dict[str, str]:
     return {f"adapter_{index}": folder for index, folder in enumerate(adapter.split(","), 1)}
 
 
+def lacks(data_dir: str, split: str) -> bool:
+    """Whether a prepared folder is without a split that others have."""
+    return split in SPLITS and split not in load_prepared(data_dir)[0]
+
+
 def check_languages(
     model: str, data_dir: str, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
 ) -> None:
@@ -128,22 +137,31 @@ def evaluate(config: Config) -> None:
     )
 
     # ------ data
-    scores = load_clips(
-        config.data_dir, config.split, max_clips=config.max_clips, num_beams=config.num_beams,
+    load = partial(
+        load_clips, config.data_dir, max_clips=config.max_clips, num_beams=config.num_beams,
         num_workers=config.num_workers, quiet=not accelerator.is_main_process,
     )  # fmt: skip
+    audited = load(config.audit, option="--audit") if config.audit else None
+    scores = None if audited and lacks(config.data_dir, config.split) else load(config.split)
     tokenizer = labels.load_tokenizer(config.model)
-    check_languages(config.model, config.data_dir, tokenizer, scores.dataset)
-    say(
-        accelerator,
-        f"{config.split}: {len(scores.dataset)} clips, {scores.seconds / 60:.1f} minutes, "
-        f"{accelerator.num_processes} processes, {config.precision}",
-    )
+    for split, clips in ((config.split, scores), (config.audit, audited)):
+        if clips is None:
+            continue
+        check_languages(config.model, config.data_dir, tokenizer, clips.dataset)
+        say(
+            accelerator,
+            f"{split}: {len(clips.dataset)} clips, {clips.seconds / 60:.1f} minutes, "
+            f"{accelerator.num_processes} processes, {config.precision}",
+        )
+    if scores is None:
+        missing = f"{config.data_dir} has no {config.split} split"
+        say(accelerator, f"{missing}: no scores, only the audit of {config.audit}")
 
     # ------ base and adapters
     adapters = name_adapters(config.adapter)
     base = {"base": ""} if config.compare_base or not adapters else {}
-    for name, adapter in (base | adapters).items():
+    *_, last = systems = base | adapters
+    for name, adapter in systems.items() if scores else [(last, systems[last])]:
         system = load_system(
             config.model,
             adapter,
@@ -152,14 +170,24 @@ def evaluate(config: Config) -> None:
             dtype=DTYPES[config.precision],
             device=accelerator.device,
         )
-        score_clips(scores, name, system, accelerator, tokenizer, config.batch_seconds)
+        if scores:
+            score_clips(scores, name, system, accelerator, tokenizer, config.batch_seconds)
+        if audited and name == last:
+            suspects = audit(audited, system, accelerator, tokenizer, config.batch_seconds)
         del system  # before the next one is loaded
 
     # ------ results
     if accelerator.is_main_process:
-        folder = Path(config.output_dir)
+        folder, provenance = Path(config.output_dir), describe_run(config)
+        record = write_audit(folder, config.audit, last, suspects) if audited else None
+    if accelerator.is_main_process and scores is None:
+        write_json(
+            folder / "wer.json", {"adapters": adapters, "audit": record, "recipe": provenance}
+        )
+    elif accelerator.is_main_process:
+        scores.audit = record
         describe_errors(scores)
-        write_results(folder, scores, adapters, describe_run(config))
+        write_results(folder, scores, adapters, provenance)
         address = write_report(
             folder, scores.dataset, adapters=adapters, audio_mb=config.report_audio_mb
         )

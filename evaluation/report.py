@@ -44,6 +44,7 @@ def write_results(
         "bootstrap": tested.bootstrap,
         "recipe": provenance,
     }
+    result |= {"audit": scores.audit} if scores.audit else {}
     write_text(folder / "predictions.jsonl", "".join(lines))
     write_json(folder / "wer.json", result)
     print(table(systems))

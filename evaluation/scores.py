@@ -31,6 +31,7 @@ class Scores:
     dataset: Dataset
     train: Dataset | None  # the training clips, if the folder has them
     options: DecodeOptions
+    audit: dict[str, Any] | None = None  # of the split whose transcripts were audited
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)  # rates and figures
     texts: dict[str, dict[str, Prediction]] = field(default_factory=dict)  # by clip id
     counts: dict[str, dict[str, ClipCounts]] = field(default_factory=dict)  # by normaliser
@@ -41,20 +42,28 @@ class Scores:
 
 
 def load_clips(
-    data_dir: str, split: str, *, max_clips: int, num_beams: int, num_workers: int, quiet: bool
+    data_dir: str,
+    split: str,
+    *,
+    max_clips: int,
+    num_beams: int,
+    num_workers: int,
+    quiet: bool,
+    option: str = "--split",
 ) -> Scores:
     """The clips of a split, to be scored.
 
     Args:
         max_clips: from the first on; 0: all.
         num_beams, num_workers, quiet: of DecodeOptions.
+        option: named in error messages.
 
     Raises:
         UserError: the folder has no such split.
     """
     splits, report = load_prepared(data_dir)
     if split not in splits:
-        raise UserError(f"--split {split}: {data_dir} has only {', '.join(splits)}: give one")
+        raise UserError(f"{option} {split}: {data_dir} has only {', '.join(splits)}: give one")
     dataset = splits[split]
     if max_clips:
         dataset = dataset.select(range(min(max_clips, len(dataset))))

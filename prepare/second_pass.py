@@ -103,6 +103,12 @@ def _write_dropped(
 # ------ unique ids
 
 
+def final_ids(paths: list[Path], facts: np.ndarray) -> Iterator[str]:
+    """Yield the id of every clip, dropped ones included, as the prepared dataset has it."""
+    for part in _with_unique_ids(paths, facts):
+        yield from part.column("id").to_pylist()
+
+
 def _with_unique_ids(paths: list[Path], facts: np.ndarray) -> Iterator[pa.RecordBatch]:
     """Yield the parts; a repeated id gets the suffix `#2`, `#3` and so on.
 
