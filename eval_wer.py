@@ -26,6 +26,7 @@ from common.provenance import describe_run
 from common.windows import DecodeWindowMode
 from evaluation.audit import audit, write_audit
 from evaluation.html_report import write_report
+from evaluation.leakage import describe_leakage
 from evaluation.report import write_results
 from evaluation.scores import describe_errors, load_clips, score_clips
 from evaluation.systems import load_system
@@ -187,6 +188,7 @@ def evaluate(config: Config) -> None:
     elif accelerator.is_main_process:
         scores.audit = record
         describe_errors(scores)
+        describe_leakage(scores, config.model, systems)
         write_results(folder, scores, adapters, provenance)
         address = write_report(
             folder, scores.dataset, adapters=adapters, audio_mb=config.report_audio_mb

@@ -6,6 +6,7 @@ from typing import Any
 
 from common.files import write_json, write_text
 from common.prepared import column
+from evaluation.leakage import leakage_shown
 from evaluation.scores import Scores
 from evaluation.statistics import REPLICAS, Interval, Significance, significance
 
@@ -49,6 +50,8 @@ def write_results(
     write_json(folder / "wer.json", result)
     print(table(systems))
     print(intervals_shown(systems, tested))
+    for name, system in systems.items():
+        print(leakage_shown(name, system))
     for name, system in systems.items():
         print(f"{name}: {key_values(system)}")
     print(f"scores {folder / 'wer.json'}, texts {folder / 'predictions.jsonl'}", flush=True)

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from common import files, languages, progress
 from common.cli import UserError
-from common.prepared import FEATURES, SPLITS
+from common.prepared import FEATURES, SPLITS, hash64
 from prepare import parts
 from prepare.reasons import REASONS, UNKNOWN_LANGUAGE
-from prepare.splits import hash64, repeats
+from prepare.splits import repeats
 from prepare.writer import SplitWriter, add_rows, close_split
 
 
