@@ -13,21 +13,25 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common import cli, labels, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
+from common.files import write_json
 from common.precision import DTYPES, Precision
-from common.prepared import column
+from common.prepared import SPLITS, column, load_prepared
 from common.provenance import describe_run
 from common.windows import DecodeWindowMode
 from evaluation.abilities import measure_abilities
+from evaluation.audit import audit, write_audit
 from evaluation.folders import folder_rules, name_folders, same_folder, split_folders
 from evaluation.html_report import write_report
+from evaluation.leakage import describe_leakage
 from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
-from evaluation.scores import describe_errors, load_clips, score_clips
+from evaluation.scores import Scores, describe_errors, load_clips, score_clips
 from evaluation.systems import load_system
 
 
@@ -41,7 +45,8 @@ class Config:
     data_dir: str = os.environ.get("SM_CHANNEL_TEST", "prepared")  # output of preprocess.py
     also: str = ""  # more prepared folders to score, as DIR or A,B: other languages or domains
     split: str = "test"  # train, validation or test
-    max_clips: int = 0  # number of clips to score, from the first on; 0: all
+    max_clips: int = 0  # number of clips to score, and to audit, from the first on; 0: all
+    audit: str = ""  # split whose suspect transcripts are listed in audit.csv; empty: none
     context: DecodeWindowMode = "auto"  # natural follows the clip, full is 30 s, auto: as trained
     batch_seconds: float = 0.0  # seconds of audio window per batch; 0: what fits memory
     num_beams: int = 1  # beams of the search; 1: greedy decoding
@@ -94,6 +99,11 @@ def name_adapters(adapter: str) -> dict[str, str]:
     return {f"adapter_{index}": folder for index, folder in enumerate(split_folders(adapter), 1)}
 
 
+def lacks(data_dir: str, split: str) -> bool:
+    """Whether a prepared folder is without a split that others have."""
+    return split in SPLITS and split not in load_prepared(data_dir)[0]
+
+
 def check_languages(
     model: str,
     data_dir: str,
@@ -115,6 +125,42 @@ def check_languages(
         )
 
 
+def load_data(
+    config: Config, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Scores | None, dict[str, Scores], Scores | None]:
+    """The clips to score, those of the other folders by their names, and those to audit.
+
+    Where --data_dir has no clips but those to audit, there are none to score.
+    """
+
+    def load(shown: str, folder: str, split: str, **options: str) -> Scores:
+        clips = load_clips(
+            folder, split, max_clips=config.max_clips, num_beams=config.num_beams,
+            num_workers=config.num_workers, quiet=not accelerator.is_main_process, **options,
+        )  # fmt: skip
+        option = options.get("folder_option", "--data_dir")
+        check_languages(config.model, folder, tokenizer, clips.dataset, option)
+        say(
+            accelerator,
+            f"{shown}: {clips.size}, {accelerator.num_processes} processes, {config.precision}",
+        )
+        return clips
+
+    audited, also = None, {}
+    if config.audit:
+        shown = f"audit of {config.audit}"
+        audited = load(shown, config.data_dir, config.audit, split_option="--audit")
+    if audited and lacks(config.data_dir, config.split):
+        missing = f"{config.data_dir} has no {config.split} split"
+        say(accelerator, f"{missing}: no scores, only the audit of {config.audit}")
+        return None, {}, audited
+    scores = load(config.split, config.data_dir, config.split)
+    for name, folder in name_folders(config.also).items():
+        also[name] = load(f"also {name}", folder, config.split, folder_option="--also")
+        also[name].train = None  # no adapter was trained on it
+    return scores, also, audited
+
+
 # ------ main
 
 
@@ -134,27 +180,13 @@ def evaluate(config: Config) -> None:
 
     # ------ data
     tokenizer = labels.load_tokenizer(config.model)
-    clip_options = {
-        "max_clips": config.max_clips, "num_beams": config.num_beams,
-        "num_workers": config.num_workers, "quiet": not accelerator.is_main_process,
-    }  # fmt: skip
-    scores = load_clips(config.data_dir, config.split, **clip_options)
-    check_languages(config.model, config.data_dir, tokenizer, scores.dataset)
-    say(
-        accelerator,
-        f"{config.split}: {scores.size}, {accelerator.num_processes} processes, {config.precision}",
-    )
-    also = {}
-    for name, folder in name_folders(config.also).items():
-        also[name] = load_clips(folder, config.split, **clip_options, option="--also")
-        also[name].train = None  # no adapter was trained on it
-        check_languages(config.model, folder, tokenizer, also[name].dataset, "--also")
-        say(accelerator, f"also {name}: {also[name].size}")
+    scores, also, audited = load_data(config, accelerator, tokenizer)
 
     # ------ base and adapters
     adapters = name_adapters(config.adapter)
     base = {"base": ""} if config.compare_base or not adapters else {}
-    for name, adapter in (base | adapters).items():
+    *_, last = systems = base | adapters
+    for name, adapter in systems.items() if scores else [(last, systems[last])]:
         system = load_system(
             config.model,
             adapter,
@@ -163,20 +195,30 @@ def evaluate(config: Config) -> None:
             dtype=DTYPES[config.precision],
             device=accelerator.device,
         )
-        for clips in (scores, *also.values()):
+        for clips in (scores, *also.values()) if scores else ():
             score_clips(clips, name, system, accelerator, tokenizer, config.batch_seconds)
             if config.panels:
                 measure_abilities(clips, name, system, accelerator, tokenizer)
-        if config.panels:
+        if scores and config.panels:
             decode_panel(scores, name, system, accelerator, tokenizer, config.batch_seconds)
+        if audited and name == last:
+            suspects = audit(audited, system, accelerator, tokenizer, config.batch_seconds)
         del system  # before the next one is loaded
 
     # ------ results
     if accelerator.is_main_process:
-        folder = Path(config.output_dir)
+        folder, provenance = Path(config.output_dir), describe_run(config)
+        record = write_audit(folder, config.audit, last, suspects) if audited else None
+    if accelerator.is_main_process and scores is None:
+        write_json(
+            folder / "wer.json", {"adapters": adapters, "audit": record, "recipe": provenance}
+        )
+    elif accelerator.is_main_process:
+        scores.audit = record
         for clips in (scores, *also.values()):
             describe_errors(clips)
-        write_results(folder, scores, also, adapters, describe_run(config))
+        describe_leakage(scores, config.model, systems)
+        write_results(folder, scores, also, adapters, provenance)
         address = write_report(
             folder,
             scores.dataset,

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from common import audio, cli, labels, prepared
 from prepare import (
     clips,
+    exclude,
     first_pass,
     output,
     parts,
@@ -51,6 +52,7 @@ class Config:
     max_seconds: float = 30.0  # drop longer clips; Whisper's window is 30 seconds
     min_seconds: float = 0.1  # drop shorter clips
     max_chars_per_second: float = 40.0  # drop clips with more text per second; fast speech has 25
+    exclude: str = ""  # CSV whose id column names clips to drop, such as eval_wer.py's audit.csv
     audio_bits: int = 13  # significant bits stored per sample; 16 is lossless
     forbid_text_overlap: bool = False  # drop held-out clips whose text is also in training
     test_fraction: float = 0.1  # share of clips to test on, if the source has no held-out split
@@ -97,9 +99,10 @@ def check(config: Config) -> None:
     )
 
 
-def shaping_options(config: Config) -> dict[str, Any]:
-    """The options that decide what is written."""
-    return {key: value for key, value in asdict(config).items() if key not in PLACE_OPTIONS}
+def shaping_options(config: Config, excluded: frozenset[str]) -> dict[str, Any]:
+    """The options that decide what is written; for --exclude its ids, wherever the file is."""
+    options = {key: value for key, value in asdict(config).items() if key not in PLACE_OPTIONS}
+    return options | {"exclude": exclude.describe(excluded)}
 
 
 def select_options(config: Config, options_class: type[T]) -> T:
@@ -113,7 +116,12 @@ def select_options(config: Config, options_class: type[T]) -> T:
 
 
 def prepare(
-    config: Config, source: sources.Source, source_sha256: str, num_rows: int | None, work: Path
+    config: Config,
+    source: sources.Source,
+    source_sha256: str,
+    num_rows: int | None,
+    excluded: frozenset[str],
+    work: Path,
 ) -> dict[str, Any]:
     """Prepare the source in `work/result`, and return its record.
 
@@ -122,10 +130,11 @@ def prepare(
         source: of --source.
         source_sha256: of its tables.
         num_rows: of the source, for the progress; `None` if it is not known.
+        excluded: ids of --exclude.
         work: the working folder, locked; it may hold finished parts.
     """
     tokenizer = first_pass.cached_tokenizer(config.model)
-    settings = record.describe_settings(shaping_options(config), tokenizer)
+    settings = record.describe_settings(shaping_options(config, excluded), tokenizer)
     split_options = select_options(config, splits.SplitOptions)
 
     # ------ first pass: each clip on its own
@@ -149,6 +158,7 @@ def prepare(
     facts = parts.read_all_facts(paths, labels.num_prompt_tokens(tokenizer))
     splits_by, originals = splits.decide(facts, split_options)
     second_pass.refuse_empty_result(facts, paths, config.source)
+    counts = exclude.drop(paths, facts, excluded, config.exclude)
     result = output.empty_result(work)
     identity = record.identify(settings, facts)
     num_bytes = second_pass.write_splits(paths, facts, originals, result, identity)
@@ -156,6 +166,7 @@ def prepare(
     # ------ the record: a folder without it is not finished
     mel_bins = 128 if labels.has_language(tokenizer, "yue") else 80  # large-v3 brought both
     measured = report.describe(facts, splits_by, split_options, num_bytes, mel_bins)
+    measured |= {"exclude": counts} if config.exclude else {}
     about_source = {"form": source.form, "sha256": source_sha256}
     languages = set().union(*map(parts.read_languages, paths))
     return record.write(result, settings, about_source, languages, measured)
@@ -170,6 +181,7 @@ def main(config: Config) -> None:
     check(config)
     if config.s3_uri:
         upload.check(config.s3_uri)
+    excluded = exclude.read_ids(config.exclude)
     labels.load_tokenizer(config.model, config.language, config.task)  # refuses what does not fit
     source = sources.find(
         config.source, audio_column=config.hub_audio_column, text_column=config.hub_text_column
@@ -180,13 +192,13 @@ def main(config: Config) -> None:
     output_dir = Path(config.output_dir).expanduser().resolve()  # a link's target is replaced
     work = output_dir.with_name(output_dir.name + ".partial")
     finished = output.read_finished(
-        config.output_dir, shaping_options(config), config.source, source_sha256
+        config.output_dir, shaping_options(config, excluded), config.source, source_sha256
     )
     if finished:
         print(f"{config.output_dir} holds this preparation already: nothing to do")
     else:
         with output.locked(work, config.output_dir):
-            finished = prepare(config, source, source_sha256, num_rows, work)
+            finished = prepare(config, source, source_sha256, num_rows, excluded, work)
             (work / "result").rename(output_dir)
 
     # ------ report and copy

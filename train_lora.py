@@ -32,6 +32,7 @@ from common.precision import DTYPES, Precision
 from common.predictions import collator_for
 from common.prepared import column, label_lengths
 from common.provenance import describe_run
+from common.trained_on import hash_clips, pack
 from common.windows import WindowMode, window_policy
 from training import checkpoint, engine, lora
 from training import output as outputs
@@ -365,9 +366,12 @@ def build(
         config.log_every, config.eval_every, config.wer_every, config.save_every,
         has_validation=validation is not None,
     )  # fmt: skip
+    trained_on = b""
+    if accelerator.is_main_process:
+        trained_on = pack(hash_clips(data.train, data.report["config"]["task"]))
     output = Output(
         Path(config.output_dir), "adapter" if config.tune == "lora" else "model", config.model,
-        provenance, identity, config.keep_checkpoints, best,
+        provenance, identity, trained_on, config.keep_checkpoints, best,
     )  # fmt: skip
     announce(
         accelerator, plan, fitted, total_steps=total_steps,

@@ -8,6 +8,7 @@ from common.files import write_json, write_text
 from common.prepared import column
 from evaluation import nonspeech
 from evaluation.abilities import abilities_shown, has_abilities
+from evaluation.leakage import leakage_shown
 from evaluation.scores import Panel, Scores
 from evaluation.statistics import REPLICAS, Interval, Significance, significance
 
@@ -35,12 +36,15 @@ def write_results(
         "adapters": adapters,
         "recipe": provenance,
     }
+    result |= {"audit": scores.audit} if scores.audit else {}
     write_panel(folder / nonspeech.FILE_NAME, scores.panel)
     write_json(folder / "wer.json", result)
     print(table(systems))
     print(intervals_shown(systems, tested))
     if scores.panel:
         print(nonspeech.table(systems))
+    for name, system in systems.items():
+        print(leakage_shown(name, system))
     if has_abilities(systems):
         print(abilities_shown(systems))
     for name, own in also.items():

@@ -41,6 +41,7 @@ class Scores:
     dataset: Dataset
     train: Dataset | None  # the training clips, if the folder has them
     options: DecodeOptions
+    audit: dict[str, Any] | None = None  # of the split whose transcripts were audited
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)  # rates and figures
     texts: dict[str, dict[str, Prediction]] = field(default_factory=dict)  # by clip id
     counts: dict[str, dict[str, ClipCounts]] = field(default_factory=dict)  # by normaliser
@@ -63,22 +64,24 @@ def load_clips(
     num_beams: int,
     num_workers: int,
     quiet: bool,
-    option: str = "--data_dir",
+    folder_option: str = "--data_dir",
+    split_option: str = "--split",
 ) -> Scores:
     """The clips of a split, to be scored.
 
     Args:
         max_clips: from the first on; 0: all.
         num_beams, num_workers, quiet: of DecodeOptions.
-        option: that names the folder, for error messages.
+        folder_option, split_option: named in error messages.
 
     Raises:
         UserError: the folder has no such split.
     """
-    splits, report = load_prepared(data_dir, option)
+    splits, report = load_prepared(data_dir, folder_option)
     if split not in splits:
         raise UserError(
-            f"--split {split}: {option} {data_dir} has only {', '.join(splits)}: give one"
+            f"{split_option} {split}: {folder_option} {data_dir} has only {', '.join(splits)}: "
+            "give one"
         )
     dataset = splits[split]
     if max_clips:

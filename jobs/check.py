@@ -8,6 +8,7 @@ from typing import Any
 
 from common.aws import uri_problem
 from jobs.aws_model import problems
+from jobs.contract import PROCESSING
 from jobs.fit import unfit
 from jobs.instances import has_local_disk, num_gpus
 from jobs.request import (
@@ -284,6 +285,12 @@ def _preparation(job: Prepare, options: Any) -> Iterator[Rule]:
     given = changed(options)
     for key in ("source", "output_dir", "s3_uri"):
         yield key in given, f"--prepare.{key} {given.get(key)}: is set by the job: leave it out"
+    inside = f"{PROCESSING}/input/source/"  # all that the job can read
+    yield (
+        not given.get("exclude", inside).startswith(inside),
+        f"--prepare.exclude {given.get('exclude')}: is not on the job's machine: put the file into "
+        f"--source_s3, and give {inside}NAME",
+    )
 
 
 def _replaced_options(job: Job) -> Iterator[str]:

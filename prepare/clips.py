@@ -11,11 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from common import audio
 from common.labels import MAX_LABELS, make_labels
-from common.prepared import SPLITS
+from common.prepared import SPLITS, hash64
 from prepare import reading, reasons
 from prepare.reasons import REASONS
 from prepare.rows import Row
-from prepare.splits import hash64
 
 MAX_PEAK = 8.0  # resampling and clipped mastering overshoot far less; integers are far above
 

@@ -51,9 +51,9 @@ def read_finished(
 
 def _refuse_other_preparation(record: dict[str, Any], place: str, options: dict[str, Any]) -> None:
     differing = [
-        f"--{key} ({record['config'].get(key)!r} there, {value!r} here)"
+        f"--{key} ({record['config'].get(key, '')!r} there, {value!r} here)"
         for key, value in options.items()
-        if record["config"].get(key) != value
+        if record["config"].get(key, "") != value  # records from before --exclude lack it
     ]
     if differing:
         raise UserError(

@@ -18,6 +18,7 @@ IMPOSSIBLE_TEXT = "text impossible for the duration"
 DUPLICATE = "duplicate audio"
 AUDIO_OVERLAP = "audio also in another split"
 TEXT_OVERLAP = "text also in training"
+EXCLUDED = "excluded"  # by --exclude
 
 REASONS = (  # a part file stores the index, so the order is part of its format
     "",  # kept
@@ -39,4 +40,5 @@ REASONS = (  # a part file stores the index, so the order is part of its format
     DUPLICATE,
     AUDIO_OVERLAP,
     TEXT_OVERLAP,
+    EXCLUDED,
 )

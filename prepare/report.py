@@ -141,6 +141,7 @@ def _show_drops(report: dict[str, Any], output_dir: str) -> None:
     print(f"kept {total['kept']:,} of {total['read']:,} clips, dropped {total['dropped']:,}")
     for reason, count in report["dropped"].items():
         print(f"{count:>9,}  {reason}")
+    _show_excluded(report.get("exclude"))
     if total["dropped"]:
         print(f"dropped clips are listed in {output_dir.rstrip('/')}/dropped.jsonl")
     overlaps = report["held_out_texts_in_training"]
@@ -148,4 +149,19 @@ def _show_drops(report: dict[str, Any], output_dir: str) -> None:
         print(
             f"{overlaps:,} held-out clips have a text that is also in training, from another "
             "recording: --forbid_text_overlap true drops them"
+        )
+
+
+def _show_excluded(counts: dict[str, int] | None) -> None:
+    """Print what became of the ids of --exclude, and warn of those that are of no clip."""
+    if counts is None:
+        return
+    print(
+        f"--exclude: {counts['ids']:,} ids, {counts['excluded']:,} of them of clips that are left "
+        f"out, {counts['dropped_before']:,} of clips dropped for other reasons"
+    )
+    if counts["unknown"]:
+        print(
+            f"warning: {counts['unknown']:,} ids of --exclude are of no clip: were they edited, or "
+            "changed by a spreadsheet (00012 to 12)?"
         )

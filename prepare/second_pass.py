@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from common import files, languages, progress
 from common.cli import UserError
-from common.prepared import FEATURES, SPLITS
+from common.prepared import FEATURES, SPLITS, hash64
 from prepare import parts
 from prepare.reasons import REASONS, UNKNOWN_LANGUAGE
-from prepare.splits import hash64, repeats
+from prepare.splits import repeats
 from prepare.writer import SplitWriter, add_rows, close_split
 
 
@@ -101,6 +101,12 @@ def _write_dropped(
 
 
 # ------ unique ids
+
+
+def final_ids(paths: list[Path], facts: np.ndarray) -> Iterator[str]:
+    """Yield the id of every clip, dropped ones included, as the prepared dataset has it."""
+    for part in _with_unique_ids(paths, facts):
+        yield from part.column("id").to_pylist()
 
 
 def _with_unique_ids(paths: list[Path], facts: np.ndarray) -> Iterator[pa.RecordBatch]:

@@ -1,12 +1,12 @@
 """Decides splits and duplicates, from a few numbers per clip alone."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from common.prepared import hash64
 from prepare.reasons import AUDIO_OVERLAP, DUPLICATE, REASONS, TEXT_OVERLAP
 
 NONE, TRAIN, VALIDATION, TEST = range(4)
@@ -94,11 +94,6 @@ def _cut_missing(
 
 
 # ------ duplicates
-
-
-def hash64(data: bytes) -> int:
-    """64 bits; two of 10 million different clips collide with a probability of 3 in a million."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def repeats(hashes: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common import trained_on as trained_on_file
 from common.accelerator import say
 from common.cli import UserError
 from common.files import IGNORED, new_folder, remove_folder, write_json
@@ -239,8 +240,9 @@ def save_model(
     model: torch.nn.Module,
     source: str,
     made: dict[str, Any],
+    trained_on: bytes,
 ) -> None:
-    """Write the adapter, or the whole model, with `made` (its provenance) beside it.
+    """Write the adapter, or the whole model, with its provenance and training clips beside it.
 
     All processes must call.
     """
@@ -253,3 +255,4 @@ def save_model(
         with new_folder(folder) as written:
             lora.save(written, model, weights, source)
             write_json(written / "recipe.json", made)
+            (written / trained_on_file.NAME).write_bytes(trained_on)

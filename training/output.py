@@ -20,6 +20,7 @@ class Output:
     source: str  # checkpoint of the base, whose tokenizer goes with a whole model
     provenance: dict[str, Any]  # beside each model: options as used, versions, base, window
     identity: dict[str, Any]  # in each checkpoint: what a resumed run must share
+    trained_on: bytes  # beside each model: hashes of the training clips; empty but on rank 0
     keep_checkpoints: int
     best: dict[str, float] | None = None  # step and eval_loss of the best model so far
 
@@ -32,7 +33,9 @@ def save_model(output: Output, state: TrainState, step: int, name: str = "") -> 
     """Write OUTPUT_DIR/adapter, adapter_best, model or model_best. All processes must call."""
     folder = output.folder / (f"{output.kind}_{name}" if name else output.kind)
     made = output.provenance | {"step": step}
-    checkpoint.save_model(folder, state.accelerator, state.model, output.source, made)
+    checkpoint.save_model(
+        folder, state.accelerator, state.model, output.source, made, output.trained_on
+    )
 
 
 def keep_best(output: Output, state: TrainState, step: int, eval_loss: float) -> None:

@@ -268,6 +268,17 @@ def test_what_a_preparation_cannot_do_is_refused(wrong, message):
     assert problem.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("file", "problems"), [("wer/audit.csv", 1), ("/opt/ml/processing/input/source/audit.csv", 0)]
+)
+def test_a_list_of_excluded_clips_has_to_be_in_the_source_of_the_job(file, problems):
+    job = Prepare(**BASE, source_s3=f"s3://{BUCKET}/raw/mr")
+    options = preprocess.Config(language="mr", model="openai/whisper-large-v2", exclude=file)
+    request = job_request.build_processing_request(job, options, NAME)
+    found = job_check.all_problems(job, options, request)
+    assert [problem.split(":")[0] for problem in found] == [f"--prepare.exclude {file}"] * problems
+
+
 def test_a_long_value_and_too_many_options_are_refused():
     long = problems({"lora_targets": ",".join(["q_proj"] * 400)})
     assert any("--train.lora_targets" in one and "at most 2500" in one for one in long), long
