@@ -22,6 +22,7 @@ from common.precision import DTYPES, Precision
 from common.prepared import column
 from common.provenance import describe_run
 from common.windows import DecodeWindowMode
+from evaluation.card import write_cards
 from evaluation.html_report import write_report
 from evaluation.report import write_results
 from evaluation.scores import describe_errors, load_clips, score_clips
@@ -46,6 +47,8 @@ class Config:
     collective_timeout: float = 120.0  # minutes a process waits for the other processes
     report_audio_mb: float = 10.0  # megabytes of voices in report.html at most; 0: none
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for scores, texts, report
+    model_card: bool = True  # README.md beside each adapter, if the whole test split is scored
+    license: str = ""  # license in the model card, such as apache-2.0; empty: unknown
 
 
 # ------ options and data
@@ -107,6 +110,11 @@ def check_languages(
         )
 
 
+def has_card(config: Config) -> bool:
+    """Whether a model card is written: of a part of the test split its rates would mislead."""
+    return config.model_card and config.split == "test" and not config.max_clips
+
+
 # ------ main
 
 
@@ -160,6 +168,8 @@ def evaluate(config: Config) -> None:
         address = write_report(
             folder, scores.dataset, adapters=adapters, audio_mb=config.report_audio_mb
         )
+        if has_card(config):
+            print("\n".join(write_cards(folder)[1]))
         print(address, flush=True)
     close(accelerator)
 

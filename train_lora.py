@@ -31,11 +31,12 @@ from common.files import write_json
 from common.precision import DTYPES, Precision
 from common.predictions import collator_for
 from common.prepared import column, label_lengths
-from common.provenance import describe_run
+from common.provenance import describe_run, hub_id
 from common.windows import WindowMode, window_policy
 from training import checkpoint, engine, lora
 from training import output as outputs
 from training.data import Data, load_data
+from training.data import describe as describe_data
 from training.encoder_cache import EncoderCache, load_or_fill
 from training.fit import fit_memory
 from training.journal import Journal, announce, log_rates, open_journal
@@ -338,6 +339,8 @@ def build(
     provenance = describe_run(config) | {
         "base_probe": whisper.base_probe(base_of(model)),  # before an engine shards the weights
         "window": window_policy(config.context),
+        "base_id": hub_id(config.model),
+        "data": describe_data(data),
     }
     state = make_state(
         accelerator, model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
