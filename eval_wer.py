@@ -20,13 +20,14 @@ from common import cli, labels, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.precision import DTYPES, Precision
 from common.prepared import column
-from common.provenance import describe_run
+from common.provenance import describe_run, hub_id
 from common.windows import DecodeWindowMode
+from evaluation import push
 from evaluation.card import write_cards
 from evaluation.html_report import write_report
 from evaluation.report import write_results
 from evaluation.scores import describe_errors, load_clips, score_clips
-from evaluation.systems import load_system
+from evaluation.systems import load_system, read_record
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Config:
     report_audio_mb: float = 10.0  # megabytes of voices in report.html at most; 0: none
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for scores, texts, report
     model_card: bool = True  # README.md beside each adapter, if the whole test split is scored
+    push_to_hub: str = ""  # OWNER/NAME on the Hub to push adapter and card to; empty: none
     license: str = ""  # license in the model card, such as apache-2.0; empty: unknown
 
 
@@ -77,6 +79,23 @@ def check(config: Config) -> None:
                 f"--adapter {config.adapter}: {', '.join(repeated)} is given twice: keep one",
             ),
             *cli.out_of_range(config, not_negative=["batch_seconds"]),
+            *push.broken_rules(config.push_to_hub),
+            (
+                bool(config.push_to_hub) and not has_card(config),
+                f"--push_to_hub {config.push_to_hub}: goes with a model card: score all of "
+                "--split test, with --model_card true",
+            ),
+            (
+                bool(config.push_to_hub) and len(folders) > 1,
+                f"--push_to_hub {config.push_to_hub}: takes one adapter: give --adapter one folder",
+            ),
+            (
+                bool(config.push_to_hub)
+                and not folders
+                and read_record(config.model, "--model") is None,
+                f"--push_to_hub {config.push_to_hub}: --model {config.model} has no recipe.json "
+                "of train_lora.py: give --adapter, or a full fine-tune of your own",
+            ),
             (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
             (
                 not 0 <= config.report_audio_mb < math.inf,
@@ -120,6 +139,8 @@ def has_card(config: Config) -> bool:
 
 def main(config: Config) -> None:
     check(config)
+    if config.push_to_hub:
+        push.check_access(config.push_to_hub)
     with explain_lost_contact(config.collective_timeout):
         evaluate(config)
 
@@ -161,6 +182,7 @@ def evaluate(config: Config) -> None:
         del system  # before the next one is loaded
 
     # ------ results
+    cards: dict[str, Path] = {}  # of the first process alone, which writes and pushes
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
         describe_errors(scores)
@@ -169,9 +191,14 @@ def evaluate(config: Config) -> None:
             folder, scores.dataset, adapters=adapters, audio_mb=config.report_audio_mb
         )
         if has_card(config):
-            print("\n".join(write_cards(folder)[1]))
+            cards, lines = write_cards(folder)
+            print("".join(f"{line}\n" for line in lines), end="")
         print(address, flush=True)
     close(accelerator)
+    if config.push_to_hub and cards:
+        (card,) = cards.values()
+        folder = Path(config.adapter or config.model)
+        print(push.push(config.push_to_hub, folder, card, hub_id(config.model)), flush=True)
 
 
 if __name__ == "__main__":
