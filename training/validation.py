@@ -92,16 +92,31 @@ def evaluate(
     output: Output,
     journal: Journal,
 ) -> None:
-    """Log what is due after a step, and keep the model if its loss is the lowest so far."""
+    """Log what is due after a step, and keep the model if it is the best so far.
+
+    The run's last evaluation has error rates: if patience ends it, they may not be due.
+    """
+    values = {}
     if due.eval_loss:
-        loss = validation_loss(validation, state, loss_plan(validation))
-        log(journal, {"step": step, "eval_loss": loss})
-        outputs.keep_best(output, state, step, loss)
+        values["eval_loss"] = validation_loss(validation, state, loss_plan(validation))
+        log(journal, {"step": step} | values)
     if due.eval_wer:
-        rates, texts = word_error_rates(validation, state)
-        log(journal, {"step": step} | rates)
-        log_text(journal, "predictions", shown_texts(validation, texts), step)
+        values |= log_error_rates(step, validation, state, journal)
+    if output.criterion in values:
+        outputs.keep_best(output, state, step, values[output.criterion])
+    if output.exhausted and not due.eval_wer:
+        log_error_rates(step, validation, state, journal)
     outputs.mark_evaluated(output, state, step)
+
+
+def log_error_rates(
+    step: int, validation: Validation, state: TrainState, journal: Journal
+) -> dict[str, float]:
+    """Log error rates and the first texts; the rates."""
+    rates, texts = word_error_rates(validation, state)
+    log(journal, {"step": step} | rates)
+    log_text(journal, "predictions", shown_texts(validation, texts), step)
+    return rates
 
 
 def rehearse(validation: Validation, state: TrainState) -> None:
