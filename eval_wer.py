@@ -79,7 +79,10 @@ def check(config: Config) -> None:
                 f"--adapter {config.adapter}: {', '.join(repeated)} is given twice: keep one",
             ),
             *cli.out_of_range(config, not_negative=["batch_seconds"]),
-            *push.broken_rules(config.push_to_hub),
+            (
+                bool(config.push_to_hub) and not push.is_repo(config.push_to_hub),
+                f"--push_to_hub {config.push_to_hub}: is no name on the Hub: give OWNER/NAME",
+            ),
             (
                 bool(config.push_to_hub) and not has_card(config),
                 f"--push_to_hub {config.push_to_hub}: goes with a model card: score all of "

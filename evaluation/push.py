@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from common import cli
 from common.cli import UserError, first_line
 
 CARD = "README.md"
@@ -26,23 +27,6 @@ SENT = (
     "added_tokens.json", "special_tokens_map.json", "preprocessor_config.json",
     "processor_config.json",
 )  # fmt: skip
-
-
-def broken_rules(repo: str) -> list[tuple[bool, str]]:
-    """Rules for `cli.refuse`: what is wrong with `--push_to_hub` before the Hub is asked."""
-    if not repo:
-        return []
-    return [
-        (not is_repo(repo), f"--push_to_hub {repo}: is no name on the Hub: give OWNER/NAME"),
-        (
-            constants.HF_HUB_OFFLINE,
-            f"--push_to_hub {repo}: HF_HUB_OFFLINE is set: unset it, or push later",
-        ),
-        (
-            get_token() is None,
-            f"--push_to_hub {repo}: no token: set HF_TOKEN, or log in with `hf auth login`",
-        ),
-    ]
 
 
 def is_repo(name: str) -> bool:
@@ -62,8 +46,20 @@ def check_access(repo: str) -> None:
     """Ask the Hub, before hours of decoding, whether it answers and knows the token.
 
     Raises:
-        UserError: it does not, or the token cannot write.
+        UserError: it does not, or there is no token, or one that cannot write.
     """
+    cli.refuse(
+        [
+            (
+                constants.HF_HUB_OFFLINE,
+                f"--push_to_hub {repo}: HF_HUB_OFFLINE is set: unset it, or push later",
+            ),
+            (
+                get_token() is None,
+                f"--push_to_hub {repo}: no token: set HF_TOKEN, or log in with `hf auth login`",
+            ),
+        ]
+    )
     account = _ask(repo, lambda: HfApi().whoami())
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":

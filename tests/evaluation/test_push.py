@@ -15,6 +15,7 @@ from huggingface_hub.repocard import metadata_load
 
 import eval_wer
 from common import cli
+from evaluation.push import check_access
 
 TOKEN = "hf_test"
 REPO = "me/whisper-mr"
@@ -26,7 +27,6 @@ from evaluation import push
 
 repo, folder, card, base = sys.argv[1:]
 try:
-    cli.refuse(push.broken_rules(repo))
     push.check_access(repo)
     print(push.push(repo, Path(folder), Path(card), base))
 except cli.UserError as error:
@@ -227,12 +227,13 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_read(checkpoint):
         eval_wer.check(config)
     for message in (
         "--push_to_hub whisper mr: is no name on the Hub: give OWNER/NAME",
-        "HF_HUB_OFFLINE is set: unset it",
         "goes with a model card: score all of --split test",
         "has no recipe.json of train_lora.py: give --adapter",
     ):
         assert message in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(cli.UserError, match="HF_HUB_OFFLINE is set: unset it"):
+        check_access(REPO)
     with pytest.raises(cli.UserError, match="takes one adapter: give --adapter one folder"):
         eval_wer.check(eval_wer.Config(push_to_hub=REPO, adapter="tests,docs"))
 
