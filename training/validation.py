@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneratio
 from common import batching, predictions
 from common.adapter import merged
 from common.batching import DecodeBatch, MicroBatch
+from common.bootstrap import rate_interval
 from common.collator import SpeechCollator, load_batches
 from common.predictions import DecodeOptions, Prediction
 from common.prepared import column, label_lengths
@@ -144,12 +145,17 @@ def word_error_rates(
         margin=TRAINED,
     )
     texts = transcribe(validation, state, batches)
-    scores = predictions.score(
-        validation.dataset, texts, validation.tokenizer, task=validation.options.task
-    )["normalisers"]
+    dataset = validation.dataset
+    counts = predictions.count_errors(
+        dataset, texts, validation.tokenizer, task=validation.options.task
+    )
     rates = {}
     for name in ("raw", "keep_marks"):
-        rates |= {f"wer_{name}": scores[name]["wer"], f"cer_{name}": scores[name]["cer"]}
+        scores = counts[name].rates()
+        rates |= {f"wer_{name}": scores["wer"], f"cer_{name}": scores["cer"]}
+    units = column(dataset, "id"), column(dataset, "speaker")
+    if bounds := rate_interval(counts["raw"].words, *units):  # a single clip has none
+        rates |= dict(zip(("wer_raw_low", "wer_raw_high"), bounds, strict=True))
     return rates, texts
 
 

@@ -609,3 +609,13 @@ def test_evaluations_without_a_better_model_are_counted_across_a_resume(options,
     told = read_json(patient, "train.json")
     assert (told["steps"], told["ended_by"]) == (4, "--patience 3")
     assert read_json(patient, "adapter/recipe.json")["step"] == 4
+
+
+def test_a_validation_error_rate_is_logged_with_its_interval(finished):
+    (rate,), (low,), (high,) = (
+        list(records(finished, key).values()) for key in ("wer_raw", "wer_raw_low", "wer_raw_high")
+    )
+    assert low <= rate <= high
+    events = EventAccumulator(str(launch.Path(finished["output_dir"], "tensorboard")))
+    events.Reload()
+    assert [own.value for own in events.Scalars("wer_raw_low")] == [pytest.approx(low)]
