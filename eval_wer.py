@@ -22,17 +22,19 @@ from common.accelerator import close, explain_lost_contact, open_accelerator, sa
 from common.files import write_json
 from common.precision import DTYPES, Precision
 from common.prepared import SPLITS, column, load_prepared
-from common.provenance import describe_run
+from common.provenance import describe_run, hub_id
 from common.windows import DecodeWindowMode
+from evaluation import push
 from evaluation.abilities import measure_abilities
 from evaluation.audit import audit, write_audit
+from evaluation.card import write_cards
 from evaluation.folders import folder_rules, name_folders, same_folder, split_folders
 from evaluation.html_report import write_report
 from evaluation.leakage import describe_leakage
 from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
 from evaluation.scores import Scores, describe_errors, load_clips, score_clips
-from evaluation.systems import load_system
+from evaluation.systems import load_system, read_record
 
 
 @dataclass
@@ -56,6 +58,9 @@ class Config:
     collective_timeout: float = 120.0  # minutes a process waits for the other processes
     report_audio_mb: float = 10.0  # megabytes of voices in report.html at most; 0: none
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for scores, texts, report
+    model_card: bool = True  # README.md beside each adapter, if the whole test split is scored
+    push_to_hub: str = ""  # OWNER/NAME on the Hub to push adapter and card to; empty: none
+    license: str = ""  # license in the model card, such as apache-2.0; empty: unknown
 
 
 # ------ options and data
@@ -79,6 +84,26 @@ def check(config: Config) -> None:
                 for folder in split_folders(config.also)
             ),
             *cli.out_of_range(config, not_negative=["batch_seconds"]),
+            (
+                bool(config.push_to_hub) and not push.is_repo(config.push_to_hub),
+                f"--push_to_hub {config.push_to_hub}: is no name on the Hub: give OWNER/NAME",
+            ),
+            (
+                bool(config.push_to_hub) and not has_card(config),
+                f"--push_to_hub {config.push_to_hub}: goes with a model card: score all of "
+                "--split test, with --model_card true",
+            ),
+            (
+                bool(config.push_to_hub) and "," in config.adapter,
+                f"--push_to_hub {config.push_to_hub}: takes one adapter: give --adapter one folder",
+            ),
+            (
+                bool(config.push_to_hub)
+                and not config.adapter
+                and read_record(config.model, "--model") is None,
+                f"--push_to_hub {config.push_to_hub}: --model {config.model} has no recipe.json "
+                "of train_lora.py: give --adapter, or a full fine-tune of your own",
+            ),
             (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
             (
                 not 0 <= config.report_audio_mb < math.inf,
@@ -125,6 +150,11 @@ def check_languages(
         )
 
 
+def has_card(config: Config) -> bool:
+    """Whether a model card is written: of a part of the test split its rates would mislead."""
+    return config.model_card and config.split == "test" and not config.max_clips
+
+
 def load_data(
     config: Config, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Scores | None, dict[str, Scores], Scores | None]:
@@ -166,6 +196,8 @@ def load_data(
 
 def main(config: Config) -> None:
     check(config)
+    if config.push_to_hub:
+        push.check_access(config.push_to_hub)
     with explain_lost_contact(config.collective_timeout):
         evaluate(config)
 
@@ -206,6 +238,7 @@ def evaluate(config: Config) -> None:
         del system  # before the next one is loaded
 
     # ------ results
+    cards: dict[str, Path] = {}  # of the first process alone, which writes and pushes
     if accelerator.is_main_process:
         folder, provenance = Path(config.output_dir), describe_run(config)
         record = write_audit(folder, config.audit, last, suspects) if audited else None
@@ -226,8 +259,15 @@ def evaluate(config: Config) -> None:
             audio_mb=config.report_audio_mb,
             panel=scores.panel and scores.panel.clips,
         )
+        if has_card(config):
+            cards, lines = write_cards(folder)
+            print("".join(f"{line}\n" for line in lines), end="")
         print(address, flush=True)
     close(accelerator)
+    if config.push_to_hub and cards:
+        (card,) = cards.values()
+        folder = Path(config.adapter or config.model)
+        print(push.push(config.push_to_hub, folder, card, hub_id(config.model)), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,17 +31,18 @@ from common.files import write_json
 from common.precision import DTYPES, Precision
 from common.predictions import collator_for
 from common.prepared import column, label_lengths
-from common.provenance import describe_run
+from common.provenance import describe_run, hub_id
 from common.trained_on import hash_clips, pack
 from common.windows import WindowMode, window_policy
 from training import checkpoint, engine, lora
 from training import output as outputs
 from training.data import Data, load_data
+from training.data import describe as describe_data
 from training.encoder_cache import EncoderCache, load_or_fill
 from training.fit import fit_memory
 from training.journal import Journal, announce, log_rates, open_journal
 from training.meter import Meter, check_norms, explain_not_finite
-from training.occasions import Every, occasions
+from training.occasions import Every, criterion, occasions
 from training.output import Output
 from training.plan import TrainPlan, load_steps
 from training.schedule import Decay, learning_rate
@@ -55,7 +56,7 @@ FULL_RATE = 1e-4  # a higher learning rate is warned of in full fine-tuning
 FREE_ON_RESUME = {
     "output_dir", "resume", "num_workers", "log_every", "save_every", "eval_every", "wer_every",
     "keep_checkpoints", "max_batch_seconds", "memory_gib", "save_every_minutes", "max_minutes",
-    "resume_changed", "collective_timeout", "cache_dir",
+    "resume_changed", "collective_timeout", "cache_dir", "patience",
 }  # fmt: skip
 
 
@@ -97,6 +98,7 @@ class Config:
     # ------ once in a while
     eval_every: int = 100  # steps between validation losses
     eval_clips: int = 128  # validation clips, the same every time; 0: all
+    patience: int = 0  # evaluations in a row without a better model that end the run; 0: none
     wer_every: int = 0  # steps between validation word error rates; 0: only at the end
     save_every: int = 100  # steps between checkpoints
     save_every_minutes: float = 0.0  # minutes between checkpoints as well; 0: by steps only
@@ -140,7 +142,7 @@ def check(config: Config) -> None:
             ),
             not_negative=(
                 "global_batch_size", "max_batch_seconds", "memory_gib", "max_minutes",
-                "save_every_minutes",
+                "save_every_minutes", "patience",
             ),
             shares=("warmup_ratio", "lora_dropout"),
         )
@@ -232,8 +234,9 @@ def train(config: Config, stop: Stop) -> Accelerator:
     # ------ the loop
     options = StepOptions(config.seed, config.max_grad_norm, run.config.max_batch_seconds)
     steps = load_steps(
-        plan, data.train, collator_for(base_of(state.model)), first=done, total=run.total_steps,
-        num_workers=config.num_workers, cache=cache,
+        plan, data.train, collator_for(base_of(state.model)), first=done,
+        total=done if output.exhausted else run.total_steps, num_workers=config.num_workers,
+        cache=cache,
     )  # fmt: skip
     mark = time.perf_counter()
     for step, pieces in steps:
@@ -266,19 +269,30 @@ def train(config: Config, stop: Stop) -> Accelerator:
             break
         if due.evaluate:
             evaluate(due, done, run.validation, state, output, journal)
+        if output.exhausted:
+            if not due.save:
+                outputs.save_checkpoint(output, state, meter, stop, done, evaluated=True)
+            if not due.last:
+                outputs.save_model(output, state, done)
+            break
         mark = time.perf_counter()
 
     # ------ results
     journal.bar.close()
     steps.close()  # ends the processes that read ahead
-    if done < run.total_steps:
+    if done < run.total_steps and not output.exhausted:
         say(
             accelerator,
             f"stopped by {reason} after step {done}, saved: run the same command to resume",
         )
         return accelerator
+    ended_by = ""
+    if output.exhausted:
+        ended_by = f"--patience {config.patience}"
+        say(accelerator, f"ended by {ended_by} after step {done}: no better model since")
     figures = {
-        "steps": run.total_steps,
+        "steps": done,
+        "ended_by": ended_by,
         "wall_seconds": time.perf_counter() - started,
         "first_step_seconds": meter.first_step_seconds,
         "encoder_cache_seconds": cache and cache.seconds,
@@ -286,6 +300,7 @@ def train(config: Config, stop: Stop) -> Accelerator:
         "processes": accelerator.num_processes,
         "engine": engine.name(accelerator),
         "skipped_steps": meter.skipped,
+        "criterion": output.criterion,
         "best": output.best,
         "last": journal.last,
     }
@@ -339,6 +354,8 @@ def build(
     provenance = describe_run(config) | {
         "base_probe": whisper.base_probe(base_of(model)),  # before an engine shards the weights
         "window": window_policy(config.context),
+        "base_id": hub_id(config.model),
+        "data": describe_data(data),
     }
     state = make_state(
         accelerator, model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
@@ -372,6 +389,7 @@ def build(
     output = Output(
         Path(config.output_dir), "adapter" if config.tune == "lora" else "model", config.model,
         provenance, identity, trained_on, config.keep_checkpoints, best,
+        criterion(every, total_steps), config.patience,
     )  # fmt: skip
     announce(
         accelerator, plan, fitted, total_steps=total_steps,
@@ -405,12 +423,15 @@ def start(run: Run, resumed_from: str, saved: dict[str, Any]) -> tuple[Journal, 
             rehearse(run.validation, run.state)
         return journal, meter
     outputs.restore(Path(resumed_from), saved, run.state, meter)
+    run.output.without_better = saved.get("without_better", 0)
     say(accelerator, f"resumed at step {done} from {resumed_from}")
-    if done >= run.total_steps:
-        outputs.save_model(run.output, run.state, done)
     due = occasions(done, run.total_steps, run.every)
+    if due.last:
+        outputs.save_model(run.output, run.state, done)
     if due.evaluate and not saved["evaluated"]:  # stopped before
         evaluate(due, done, run.validation, run.state, run.output, journal)
+    if run.output.exhausted and not due.last:
+        outputs.save_model(run.output, run.state, done)
     return journal, meter
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,15 @@ def describe_run(config: Any) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
         "config": asdict(config),
+        "changed": [own.name for own in fields(config) if getattr(config, own.name) != own.default],
         "versions": {"python": platform.python_version(), **versions},
         "commit": git_commit(),
     }
+
+
+def hub_id(model: str) -> str:
+    """The id of a model on the Hub; empty for a folder of this machine."""
+    return "" if Path(model).expanduser().exists() else model
 
 
 def git_commit() -> str:

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from common.metrics import ErrorCounts, keep_marks
-from common.prepared import column
-from evaluation.statistics import (
+from common.bootstrap import (
     REPLICAS,
     Units,
     choose_units,
@@ -19,6 +17,8 @@ from evaluation.statistics import (
     percent,
     resample,
 )
+from common.metrics import ErrorCounts, keep_marks
+from common.prepared import column
 
 DURATIONS = (0, 2, 5, 10, 20)  # seconds from which a group reaches to the next; the last to 30
 MANY_UNSEEN = 3  # clips with as many words that are unseen in training, or more, are one group

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common import cli, labels
 from common.predictions import DecodeOptions
-from common.prepared import load_prepared
+from common.prepared import column, load_prepared
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,13 @@ def load_data(data_dir: str, model: str, *, eval_clips: int, seed: int) -> Data:
         order = np.random.default_rng(seed).permutation(len(validation))
         validation = validation.select(sorted(order[:eval_clips].tolist()))
     return Data(splits["train"], validation, tokenizer, report)
+
+
+def describe(data: Data) -> dict[str, Any]:
+    """How much a run is trained on, for its model card."""
+    return {
+        "clips": len(data.train),
+        "hours": round(float(column(data.train, "seconds").sum()) / 3600, 3),
+        "speakers": len(set(column(data.train, "speaker")) - {""}),
+        "languages": data.report["languages"],
+    }

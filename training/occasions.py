@@ -35,6 +35,16 @@ class Occasions:
         return self.log or self.evaluate or self.save
 
 
+def criterion(every: Every, total_steps: int) -> str:
+    """What the best model is chosen by: raw WER where it is computed at least twice, else loss.
+
+    >>> criterion(Every(10, 100, 100, 100), 200), criterion(Every(10, 100, 0, 100), 200)
+    ('wer_raw', 'eval_loss')
+    """
+    twice = 0 < every.eval_wer < total_steps  # the last step has an evaluation of its own
+    return "wer_raw" if twice else "eval_loss"
+
+
 def occasions(
     done: int, total_steps: int, every: Every, *, stopping: bool = False, save_now: bool = False
 ) -> Occasions:

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: checkpoints to resume from, the adapter, the best adapter."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,27 +23,42 @@ class Output:
     identity: dict[str, Any]  # in each checkpoint: what a resumed run must share
     trained_on: bytes  # beside each model: hashes of the training clips; empty but on rank 0
     keep_checkpoints: int
-    best: dict[str, float] | None = None  # step and eval_loss of the best model so far
+    best: dict[str, float] | None = None  # step and criterion of the best model so far
+    criterion: str = "eval_loss"  # or "wer_raw": what the best model is chosen by
+    patience: int = 0  # evaluations in a row without a better model that end the run; 0: none
+    without_better: int = 0  # evaluations since the best model
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run ends here, because its validation has stopped improving."""
+        return 0 < self.patience <= self.without_better
+
 
 def save_model(output: Output, state: TrainState, step: int, name: str = "") -> None:
     """Write OUTPUT_DIR/adapter, adapter_best, model or model_best. All processes must call."""
     folder = output.folder / (f"{output.kind}_{name}" if name else output.kind)
-    made = output.provenance | {"step": step}
+    made = output.provenance | {"step": step, "criterion": output.criterion}
     checkpoint.save_model(
         folder, state.accelerator, state.model, output.source, made, output.trained_on
     )
 
 
-def keep_best(output: Output, state: TrainState, step: int, eval_loss: float) -> None:
-    """Write the model as the best one if its validation loss is the lowest so far."""
-    if step and (output.best is None or eval_loss < output.best["eval_loss"]):
-        output.best = {"step": step, "eval_loss": eval_loss}
+def keep_best(output: Output, state: TrainState, step: int, value: float) -> None:
+    """Write the model as the best one if its criterion is the lowest so far, else count.
+
+    All processes must call, with the same value. A best model by another criterion, as of a run
+    that resumes with another --wer_every, does not count.
+    """
+    if value < (output.best or {}).get(output.criterion, math.inf):
+        output.best = {"step": step, output.criterion: value}
+        output.without_better = 0
         save_model(output, state, step, "best")
+    else:
+        output.without_better += 1
 
 
 def save_checkpoint(
@@ -65,6 +81,7 @@ def save_checkpoint(
         state={
             "identity": output.identity,
             "best": output.best,
+            "without_better": output.without_better,
             "loss": accelerator.reduce(meter.loss.clone()).item(),
             "tokens": meter.tokens,
             "evaluated": evaluated,
@@ -79,7 +96,10 @@ def save_checkpoint(
 def mark_evaluated(output: Output, state: TrainState, step: int) -> None:
     """Note in the checkpoint of a step, if there is one, that its evaluations are done."""
     if state.accelerator.is_main_process:
-        checkpoint.update(output.checkpoints, step, evaluated=True, best=output.best)
+        checkpoint.update(
+            output.checkpoints, step, evaluated=True, best=output.best,
+            without_better=output.without_better,
+        )  # fmt: skip
 
 
 def restore(folder: Path, saved: dict[str, Any], state: TrainState, meter: Meter) -> None:

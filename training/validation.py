@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneratio
 from common import batching, predictions
 from common.adapter import merged
 from common.batching import DecodeBatch, MicroBatch
+from common.bootstrap import rate_interval
 from common.collator import SpeechCollator, load_batches
 from common.predictions import DecodeOptions, Prediction
 from common.prepared import column, label_lengths
@@ -92,16 +93,31 @@ def evaluate(
     output: Output,
     journal: Journal,
 ) -> None:
-    """Log what is due after a step, and keep the model if its loss is the lowest so far."""
+    """Log what is due after a step, and keep the model if it is the best so far.
+
+    The run's last evaluation has error rates: if patience ends it, they may not be due.
+    """
+    values = {}
     if due.eval_loss:
-        loss = validation_loss(validation, state, loss_plan(validation))
-        log(journal, {"step": step, "eval_loss": loss})
-        outputs.keep_best(output, state, step, loss)
+        values["eval_loss"] = validation_loss(validation, state, loss_plan(validation))
+        log(journal, {"step": step} | values)
     if due.eval_wer:
-        rates, texts = word_error_rates(validation, state)
-        log(journal, {"step": step} | rates)
-        log_text(journal, "predictions", shown_texts(validation, texts), step)
+        values |= log_error_rates(step, validation, state, journal)
+    if output.criterion in values:
+        outputs.keep_best(output, state, step, values[output.criterion])
+    if output.exhausted and not due.eval_wer:
+        log_error_rates(step, validation, state, journal)
     outputs.mark_evaluated(output, state, step)
+
+
+def log_error_rates(
+    step: int, validation: Validation, state: TrainState, journal: Journal
+) -> dict[str, float]:
+    """Log error rates and the first texts; the rates."""
+    rates, texts = word_error_rates(validation, state)
+    log(journal, {"step": step} | rates)
+    log_text(journal, "predictions", shown_texts(validation, texts), step)
+    return rates
 
 
 def rehearse(validation: Validation, state: TrainState) -> None:
@@ -129,12 +145,17 @@ def word_error_rates(
         margin=TRAINED,
     )
     texts = transcribe(validation, state, batches)
-    scores = predictions.score(
-        validation.dataset, texts, validation.tokenizer, task=validation.options.task
-    )["normalisers"]
+    dataset = validation.dataset
+    counts = predictions.count_errors(
+        dataset, texts, validation.tokenizer, task=validation.options.task
+    )
     rates = {}
     for name in ("raw", "keep_marks"):
-        rates |= {f"wer_{name}": scores[name]["wer"], f"cer_{name}": scores[name]["cer"]}
+        scores = counts[name].rates()
+        rates |= {f"wer_{name}": scores["wer"], f"cer_{name}": scores["cer"]}
+    units = column(dataset, "id"), column(dataset, "speaker")
+    if bounds := rate_interval(counts["raw"].words, *units):  # a single clip has none
+        rates |= dict(zip(("wer_raw_low", "wer_raw_high"), bounds, strict=True))
     return rates, texts
 
 

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from common.bootstrap import rate_interval
 from common.metrics import ClipCounts, ErrorCounts
 from evaluation import report, statistics
 
@@ -171,3 +172,13 @@ def test_log_probabilities_that_rank_the_clips_by_errors_correlate_perfectly():
     assert statistics.rank_correlation([1, 1, 2, 3], [1, 2, 2, 3]) == pytest.approx(0.833333), (
         "equal values share their mean rank: 1.5 1.5 3 4 and 1 2.5 2.5 4"
     )
+
+
+def test_the_interval_that_training_logs_is_that_of_an_evaluation():
+    counts = {"adapter": clip_counts([1, 0, 3, 1], [3, 2, 3, 1])}
+    raw = counts["adapter"]["raw"]
+    ids, speakers = ["1", "2", "3", "4"], ["p", "p", "q", "r"]
+    expected = statistics.significance(ids, speakers, counts).intervals["adapter"]["raw"]
+    got = rate_interval(raw.words, ids, speakers)
+    assert got == expected["wer_interval"]
+    assert got[0] < got[1]

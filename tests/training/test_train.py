@@ -532,3 +532,91 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(options, tm
         for folder in saved:
             assert not folder.suffix, f"{folder} is half-written"
             assert not checkpoint_files._damage(folder)
+
+
+# ------ the best model, and patience
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Let validation have given losses and error rates, in turn."""
+
+    def script(losses, rates):
+        monkeypatch.setattr(validation, "validation_loss", lambda *given: next(losses))
+        monkeypatch.setattr(
+            validation, "word_error_rates", lambda *given: ({"wer_raw": next(rates)}, {})
+        )
+        monkeypatch.setattr(validation, "shown_texts", lambda *given: "")
+        monkeypatch.setattr("train_lora.rehearse", lambda *given: None)
+
+    return script
+
+
+def test_the_best_adapter_is_chosen_by_error_rate_where_it_is_computed_twice(options, scripted):
+    scripted(iter([1.0, 2.0, 3.0]), iter([50.0, 40.0, 45.0]))
+    train(options | {"eval_every": 2, "wer_every": 2})
+    told = read_json(options, "train.json")
+    assert (told["criterion"], told["best"]) == ("wer_raw", {"step": 4, "wer_raw": 40.0})
+    made = read_json(options, "adapter_best/recipe.json")
+    assert (made["step"], made["criterion"]) == (4, "wer_raw")
+
+
+def test_an_error_rate_at_the_end_alone_chooses_nothing(options, scripted):
+    scripted(iter([1.0, 2.0, 3.0]), iter([50.0]))
+    train(options | {"eval_every": 2, "wer_every": 6})
+    told = read_json(options, "train.json")
+    assert (told["criterion"], told["best"]) == ("eval_loss", {"step": 2, "eval_loss": 1.0})
+
+
+def test_a_best_model_by_loss_does_not_count_where_error_rates_decide(options, scripted):
+    scripted(iter([1.0, 2.0, 3.0]), iter([50.0, 50.0]))
+    train(options | {"eval_every": 2, "max_steps": 6, "max_minutes": 1e-9})
+    train(options | {"eval_every": 2, "wer_every": 4})
+    assert read_json(options, "train.json")["best"] == {"step": 4, "wer_raw": 50.0}
+
+
+def test_patience_ends_a_run_and_the_same_command_does_not_continue_it(options, scripted):
+    patient = options | {"eval_every": 1, "patience": 2, "save_every": 100}
+    scripted(iter([3.0, 2.0, 2.5, 2.0, 1.0]), iter([50.0]))
+    train(patient)
+    told = read_json(patient, "train.json")
+    assert (told["steps"], told["ended_by"]) == (4, "--patience 2")
+    assert told["best"] == {"step": 2, "eval_loss": 2.0}
+    assert read_json(patient, "adapter/recipe.json")["step"] == 4
+    assert records(patient, "wer_raw") == {4: 50.0}, "a run ends with an error rate"
+    metrics = read_json_lines(patient)
+    scripted(iter([]), iter([]))
+    train(patient)
+    assert read_json(patient, "train.json")["steps"] == 4
+    assert read_json_lines(patient) == metrics
+    scripted(iter([1.0, 0.5]), iter([40.0]))
+    train(patient | {"patience": 3})
+    told = read_json(patient, "train.json")
+    assert (told["steps"], told["ended_by"], told["best"]["step"]) == (6, "", 6)
+
+
+def read_json_lines(options):
+    return launch.Path(options["output_dir"], "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def test_evaluations_without_a_better_model_are_counted_across_a_resume(options, scripted):
+    patient = options | {"eval_every": 1, "patience": 3, "save_every": 1}
+    losses = [3.0, 4.0, 4.0]
+    scripted(iter([*losses, None]), iter([]))
+    with pytest.raises(TypeError):  # the fourth evaluation fails
+        train(patient)
+    scripted(iter([4.0]), iter([50.0]))
+    train(patient)
+    told = read_json(patient, "train.json")
+    assert (told["steps"], told["ended_by"]) == (4, "--patience 3")
+    assert read_json(patient, "adapter/recipe.json")["step"] == 4
+
+
+def test_a_validation_error_rate_is_logged_with_its_interval(finished):
+    (rate,), (low,), (high,) = (
+        list(records(finished, key).values()) for key in ("wer_raw", "wer_raw_low", "wer_raw_high")
+    )
+    assert low <= rate <= high
+    events = EventAccumulator(str(launch.Path(finished["output_dir"], "tensorboard")))
+    events.Reload()
+    assert [own.value for own in events.Scalars("wer_raw_low")] == [pytest.approx(low)]
