@@ -131,7 +131,7 @@ def test_a_model_is_loaded_once_for_all_folders(run):
 
 def test_rates_and_differences_on_other_folders_are_printed(run):
     printed = run.lines[run.lines.index("also data") :]
-    assert "also data: 2 clips, 0.0 minutes" in run.lines
+    assert "also data: 2 clips, 0.0 minutes, 1 processes, fp32" in run.lines
     for name in ("base", "adapter"):
         rate = run.result["also"]["data"][name]["normalisers"]["raw"]["wer"]
         assert any(line.startswith(f"{name} {rate:.1f} [") for line in printed)
