@@ -33,7 +33,7 @@ from evaluation.html_report import write_report
 from evaluation.leakage import describe_leakage
 from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
-from evaluation.scores import Scores, describe_errors, load_clips, score_clips
+from evaluation.scores import Scores, describe_errors, load_clips, score_clips, score_other_window
 from evaluation.systems import load_system, read_record
 
 
@@ -50,6 +50,7 @@ class Config:
     max_clips: int = 0  # number of clips to score, and to audit, from the first on; 0: all
     audit: str = ""  # split whose suspect transcripts are listed in audit.csv; empty: none
     context: DecodeWindowMode = "auto"  # natural follows the clip, full is 30 s, auto: as trained
+    both_windows: bool = False  # also score at the other window, 30 seconds or natural
     batch_seconds: float = 0.0  # seconds of audio window per batch; 0: what fits memory
     num_beams: int = 1  # beams of the search; 1: greedy decoding
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
@@ -231,6 +232,8 @@ def evaluate(config: Config) -> None:
             score_clips(clips, name, system, accelerator, tokenizer, config.batch_seconds)
             if config.panels:
                 measure_abilities(clips, name, system, accelerator, tokenizer)
+        if scores and config.both_windows:
+            score_other_window(scores, name, system, accelerator, tokenizer, config.batch_seconds)
         if scores and config.panels:
             decode_panel(scores, name, system, accelerator, tokenizer, config.batch_seconds)
         if audited and name == last:

@@ -8,7 +8,6 @@ kept.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from common.cli import first_line
 from common.files import write_text
 from common.prepared import read_record as read_preparation
 from common.provenance import hub_id
+from evaluation.abilities import ability_rows, has_abilities
 from evaluation.html_report import show_interval, show_p, signed, systems_of
+from evaluation.leakage import leakage_shown
 from evaluation.systems import read_record
 
 NAME = "README.md"
@@ -36,9 +37,6 @@ OMITTED_OPTIONS = {
     "model", "data_dir", "output_dir", "cache_dir", "max_minutes", "max_batch_seconds",
     "memory_gib", "save_every", "save_every_minutes", "keep_checkpoints", "log_every", "resume",
     "resume_changed", "collective_timeout", "num_workers",
-}  # fmt: skip
-PANELS = {
-    "nonspeech": "Without speech", "abilities": "What it forgot", "leakage": "Leakage",
 }  # fmt: skip
 BREAKDOWNS = {
     "duration": "duration of the clip", "language": "language",
@@ -135,6 +133,7 @@ def render(
     base_id, base_name = name_base(config["model"], record, is_adapter=name != "base")
     codes = [group["group"] for group in own["breakdown"].get("language", [])]
     repo = config.get("push_to_hub", "")
+    shown = {"base": base, name: own} if base else {name: own}
     facts = {
         "kind": "adapter" if name != "base" else "fine-tune",
         "repo": repo or folder,
@@ -165,9 +164,9 @@ def render(
             for kind, title in BREAKDOWNS.items()
             if len(groups := own["breakdown"].get(kind, [])) > 1
         },
-        panels={
-            title: list(statements(own[kind])) for kind, title in PANELS.items() if own.get(kind)
-        },
+        nonspeech=nonspeech_rows(base, own) if "nonspeech" in own else [],
+        abilities=ability_rows(shown) if has_abilities(shown) else [],
+        leakage=leakage_shown(name, own).partition(": ")[2] if "leakage" in own else "",
         overlap=data.get("held_out_texts_in_training", 0),
         versions=results["recipe"]["versions"],
         commit=results["recipe"]["commit"],
@@ -237,15 +236,12 @@ def shown_options(record: dict[str, Any] | None) -> dict[str, Any]:
     return {name: config[name] for name in shown if name in names and name in config}
 
 
-def statements(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Numbers and words of nested objects by their dotted names; lists are left out."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from statements(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, bool | int | str):
-        yield name, str(value)
-    elif isinstance(value, float):
-        yield name, f"{value:.4g}"
+def nonspeech_rows(
+    base: dict[str, Any] | None, own: dict[str, Any]
+) -> list[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+    """What was written on clips without speech at each window, with that of the base."""
+    beside = (base or {}).get("nonspeech", {})
+    return [(window, counts, beside.get(window)) for window, counts in own["nonspeech"].items()]
 
 
 def quoted(text: str) -> str:

@@ -79,6 +79,12 @@ def write_texts(path: Path, scores: Scores) -> Significance:
     for name, system in scores.systems.items():
         for normaliser, rates in system["normalisers"].items():
             rates |= tested.intervals[name][normaliser]
+    if scores.other_counts:
+        ids, speakers = column(dataset, "id"), column(dataset, "speaker")
+        other = significance(ids, speakers, scores.other_counts)
+        for name, system in scores.systems.items():
+            for normaliser, rates in system["other_window"]["normalisers"].items():
+                rates |= other.intervals[name][normaliser]
     return tested
 
 
@@ -152,6 +158,14 @@ def table(systems: dict[str, dict[str, Any]]) -> str:
             values = (system["normalisers"][normaliser][rate] for system in systems.values())
             lines.append(
                 f"{rate.upper()} {normaliser:<18}" + "".join(f"{value:12.2f}" for value in values)
+            )
+    if "other_window" in first:
+        others = [system["other_window"] for system in systems.values()]
+        lines.append(f"{'other window':<22}" + "".join(f"{own['window']:>12}" for own in others))
+        for rate in ("wer", "cer"):
+            values = (own["normalisers"]["raw"][rate] for own in others)
+            lines.append(
+                f"{rate.upper()} {'raw':<18}" + "".join(f"{value:12.2f}" for value in values)
             )
     units = {name: rates["unit"] for name, rates in first["normalisers"].items()}
     by_letter = [f"{name} by {unit}" for name, unit in units.items() if unit != "word"]

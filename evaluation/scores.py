@@ -1,7 +1,7 @@
 """The clips of one prepared folder, and what every system wrote and scored on them."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -45,6 +45,8 @@ class Scores:
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)  # rates and figures
     texts: dict[str, dict[str, Prediction]] = field(default_factory=dict)  # by clip id
     counts: dict[str, dict[str, ClipCounts]] = field(default_factory=dict)  # by normaliser
+    other_counts: dict[str, dict[str, ClipCounts]] = field(default_factory=dict)
+    # `counts` at the other window, if asked for
     panel: Panel | None = None  # None: not asked for
 
     @property
@@ -127,6 +129,27 @@ def score_clips(
         "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far
         "worst": worst_clips(dataset, texts, counts["keep_marks"]),
     }
+
+
+def score_other_window(
+    scores: Scores,
+    name: str,
+    system: System,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_seconds: float,
+) -> None:
+    """Add the rates of a scored system at the window it was not scored at: 30 s, or natural.
+
+    All processes must call.
+    """
+    dataset, options = scores.dataset, scores.options
+    other = replace(system, window_mode="full" if system.window_mode == "natural" else "natural")
+    texts, _ = transcribe(other, accelerator, tokenizer, dataset, options, batch_seconds)
+    counts = predictions.count_errors(dataset, texts, tokenizer, task=options.task)
+    scores.other_counts[name] = counts
+    rates = predictions.summarise(texts, counts) | {"window": other.window_mode}
+    scores.systems[name]["other_window"] = rates
 
 
 def transcribe(

@@ -13,7 +13,5 @@ python preprocess.py --source "$source" --language "$language" --model "$model" 
 python train_lora.py --model "$model" --data_dir "$out/prepared" --output_dir "$out/run" \
   --num_epochs 3 --global_batch_size 8 --max_batch_seconds 240 --learning_rate 1e-3 \
   --eval_every 66 --wer_every 66
-for context in natural full; do
-  python eval_wer.py --model "$model" --adapter "$out/run/adapter" --compare_base true \
-    --data_dir "$out/prepared" --context $context --output_dir "$out/wer_$context"
-done
+python eval_wer.py --model "$model" --adapter "$out/run/adapter" --compare_base true \
+  --data_dir "$out/prepared" --both_windows true --output_dir "$out/wer"

@@ -31,7 +31,7 @@ def test_the_measuring_run_scores_base_and_adapter_at_both_windows(checkpoint, t
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for window in ("natural", "full"):
-        scores = json.loads((tmp_path / "out" / f"wer_{window}" / "wer.json").read_text())
-        for system in ("base", "adapter"):
-            assert scores[system]["window"] == window, (window, system)
+    scores = json.loads((tmp_path / "out" / "wer" / "wer.json").read_text(encoding="utf-8"))
+    for system in ("base", "adapter"):
+        windows = {scores[system]["window"], scores[system]["other_window"]["window"]}
+        assert windows == {"natural", "full"}, system

@@ -30,7 +30,7 @@ def scored(checkpoint, prepared, tmp_path_factory):
     options = {
         "model": str(checkpoint), "adapter": str(folder / "run" / "adapter"),
         "data_dir": str(prepared), "compare_base": True, "output_dir": str(folder / "wer"),
-        "num_workers": 0, "report_audio_mb": 0.0,
+        "num_workers": 0, "report_audio_mb": 0.0, "both_windows": True,
     }  # fmt: skip
     eval_wer.main(eval_wer.Config(**options))
     return options
@@ -226,12 +226,39 @@ def test_an_adapter_that_was_trained_elsewhere_or_before_says_what_is_not_known(
 
 
 def test_panels_of_an_evaluation_are_on_its_card(results, scored):
-    assert "Not tested: what it writes where nobody speaks." in render(results, scored)
-    results["adapter"]["nonspeech"] = {"natural": {"clips": 6, "words_a_minute": 12.34567}}
-    text = render(results, scored)
-    assert "### Without speech" in text
-    assert "* natural.words_a_minute: 12.35" in text
+    counts, text = results["adapter"]["nonspeech"]["natural"], read_card(scored)
+    assert f"| {counts['clips_with_words']} of {counts['clips']}, " in text
+    assert "| language identified | " in text
+    assert "Clips met in training: of 7 clips " in text
     assert "Not tested" not in text
+    for system in ("base", "adapter"):
+        for kind in ("nonspeech", "abilities", "leakage", "other_window"):
+            del results[system][kind]
+    text = render(results, scored)
+    assert "Not tested: what it writes where nobody speaks." in text
+    assert "Not tested: the other window" in text
+
+
+def test_both_windows_of_an_evaluation_are_in_its_results_and_on_its_card(scored, results):
+    other = results["adapter"]["other_window"]
+    assert (results["adapter"]["window"], other["window"]) == ("natural", "full")
+    assert (results["base"]["window"], results["base"]["other_window"]["window"]) == (
+        "full",
+        "natural",
+    )
+    raw = other["normalisers"]["raw"]
+    low, high = raw["wer_interval"]
+    shown = f" | {raw['wer']:.1f} [{low:.1f}, {high:.1f}] |"
+    rows = read_card(scored).splitlines()
+    (row,) = [row for row in rows if row.startswith("| WER raw, other window | ")]
+    assert row.endswith(shown)
+    folder = launch.Path(scored["output_dir"])
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "WER raw there" in page
+    options = scored | {"context": "full", "output_dir": str(folder / "full"), "panels": False}
+    eval_wer.main(eval_wer.Config(**options | {"model_card": False, "both_windows": False}))
+    alone = json.loads((folder / "full" / "wer.json").read_text("utf-8"))["adapter"]
+    assert alone["normalisers"] == other["normalisers"], "as a run of its own at that window"
 
 
 def test_codes_are_those_of_the_hub_and_names_cannot_break_the_page(results, scored):
