@@ -215,7 +215,10 @@ def train(config: Config, stop: Stop) -> Accelerator:
     )  # fmt: skip
     engine.check(accelerator, quantize=config.quantize, precision=config.precision)
     stop.join(accelerator, config.collective_timeout)
-    data = load_data(config.data_dir, config.model, eval_clips=config.eval_clips, seed=config.seed)
+    data = load_data(
+        config.data_dir, config.model, eval_clips=config.eval_clips, seed=config.seed,
+        patience=config.patience,
+    )  # fmt: skip
     batch_size = config.global_batch_size or batching.default_batch_size(len(data.train))
     config = replace(config, global_batch_size=batch_size)
     identity = identify(config, accelerator, data.report)

@@ -29,11 +29,14 @@ class Data:
         )
 
 
-def load_data(data_dir: str, model: str, *, eval_clips: int, seed: int) -> Data:
+def load_data(
+    data_dir: str, model: str, *, eval_clips: int, seed: int, patience: int = 0
+) -> Data:
     """Open the prepared dataset, and choose the clips to validate on.
 
     Args:
         eval_clips: number of validation clips, drawn by `seed`; 0 takes all.
+        patience: evaluations without a better model that end the run; 0: none.
 
     Raises:
         UserError: no training split, or labels made by another tokenizer than the model's.
@@ -53,6 +56,8 @@ def load_data(data_dir: str, model: str, *, eval_clips: int, seed: int) -> Data:
         ]
     )
     validation = splits.get("validation")
+    no_validation = f"--patience {patience}: {data_dir} has no validation split: prepare one"
+    cli.refuse([(patience > 0 and validation is None, f"{no_validation}, or give 0")])
     if validation is not None and eval_clips:
         order = np.random.default_rng(seed).permutation(len(validation))
         validation = validation.select(sorted(order[:eval_clips].tolist()))

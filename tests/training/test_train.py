@@ -141,6 +141,8 @@ def test_one_batch_can_be_learnt_by_heart(options, checkpoint, tmp_path):
 def test_a_corpus_without_validation_trains_to_its_end(options, checkpoint, tmp_path, capsys):
     source = tiny.make_corpus(tmp_path / "source", clips={"train": 5, "test": 1})
     data = tiny.prepare(source, checkpoint, tmp_path / "data", validation_fraction=0.0)
+    with pytest.raises(cli.UserError, match=r"--patience 2: .* has no validation split"):
+        train(options | {"data_dir": str(data), "patience": 2})
     train(options | {"data_dir": str(data)})
     assert "no validation split" in capsys.readouterr().out
     assert not records(options, "eval_loss")
