@@ -253,7 +253,7 @@ def evaluate(config: Config) -> None:
         scores.audit = record
         for clips in (scores, *also.values()):
             describe_errors(clips)
-        describe_leakage(scores, config.model, systems)
+            describe_leakage(clips, config.model, systems)
         write_results(folder, scores, also, adapters, provenance)
         address = write_report(
             folder,

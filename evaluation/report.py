@@ -50,6 +50,8 @@ def write_results(
     for name, own in also.items():
         print(f"also {name}")
         print(intervals_shown(own.systems, tested_also[name]))
+        for system_name, system in own.systems.items():
+            print(leakage_shown(system_name, system))
         if has_abilities(own.systems):
             print(abilities_shown(own.systems))
     for name, system in systems.items():

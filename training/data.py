@@ -29,9 +29,7 @@ class Data:
         )
 
 
-def load_data(
-    data_dir: str, model: str, *, eval_clips: int, seed: int, patience: int = 0
-) -> Data:
+def load_data(data_dir: str, model: str, *, eval_clips: int, seed: int, patience: int = 0) -> Data:
     """Open the prepared dataset, and choose the clips to validate on.
 
     Args:
