@@ -214,12 +214,13 @@ if __name__ == "__main__":
     before = dict(os.environ)
     for name in IMPORTS:
         importlib.import_module(name)
-    load_deepspeeds_extension()
     SET_BY_IMPORTS = {name for name in os.environ if os.environ[name] != before.get(name)}
     gc.freeze()
     requests = socket.socket(fileno=int(sys.argv[1]))
     requests.send(b"ready")
     command = become(*serve(requests))
+    if any("deepspeed" in word for word in command):
+        load_deepspeeds_extension()  # before its processes are forked
     if command[:2] == ["-m", LAUNCHER] and (requests := fork_a_server()):
         command = become(*serve(requests))
     run(command)

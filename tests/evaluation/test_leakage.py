@@ -44,6 +44,7 @@ def options(checkpoint, run):
     return {
         "model": str(checkpoint), "adapter": str(run / "run" / "adapter"), "compare_base": True,
         "data_dir": str(run / "data"), "output_dir": str(run / "wer"), "num_workers": 0,
+        "panels": False,
     }  # fmt: skip
 
 

@@ -247,7 +247,7 @@ def test_an_evaluation_pushes_its_adapter_only_if_asked(hub, checkpoint, prepare
     assert launch.run("train_lora.py", run).returncode == 0
     options = {
         "model": checkpoint, "data_dir": prepared, "adapter": tmp_path / "run" / "adapter",
-        "output_dir": tmp_path / "wer", "num_workers": 0,
+        "output_dir": tmp_path / "wer", "num_workers": 0, "panels": False,
     }  # fmt: skip
     kept = {"cwd": launch.ROOT, "env": environment(tmp_path, hub.address)}
     for push_to_hub in ({}, {"push_to_hub": REPO}):
