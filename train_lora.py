@@ -280,40 +280,13 @@ def train(config: Config, stop: Stop) -> Accelerator:
             break
         mark = time.perf_counter()
 
-    # ------ results
     journal.bar.close()
     steps.close()  # ends the processes that read ahead
-    if done < run.total_steps and not output.exhausted:
-        say(
-            accelerator,
-            f"stopped by {reason} after step {done}, saved: run the same command to resume",
-        )
-        return accelerator
-    ended_by = ""
-    if output.exhausted:
-        ended_by = f"--patience {config.patience}"
-        say(accelerator, f"ended by {ended_by} after step {done}: no better model since")
-    figures = {
-        "steps": done,
-        "ended_by": ended_by,
-        "wall_seconds": time.perf_counter() - started,
-        "first_step_seconds": meter.first_step_seconds,
-        "encoder_cache_seconds": cache and cache.seconds,
-        "peak_memory_gib": memory.peak_memory_gib(),
-        "processes": accelerator.num_processes,
-        "engine": engine.name(accelerator),
-        "skipped_steps": meter.skipped,
-        "criterion": output.criterion,
-        "best": output.best,
-        "last": journal.last,
-    }
-    if accelerator.is_main_process:
-        write_json(output.folder / "train.json", figures | output.provenance)
-    say(accelerator, f"{output.kind} in {output.folder}, figures in train.json")
+    finish(run, meter, journal, done, reason, started=started, cache=cache)
     return accelerator
 
 
-# ------ build and resume
+# ------ build, resume, finish
 
 
 @dataclass(frozen=True)
@@ -436,6 +409,50 @@ def start(run: Run, resumed_from: str, saved: dict[str, Any]) -> tuple[Journal, 
     if run.output.exhausted and not due.last:
         outputs.save_model(run.output, run.state, done)
     return journal, meter
+
+
+def finish(
+    run: Run,
+    meter: Meter,
+    journal: Journal,
+    done: int,
+    reason: str,
+    *,
+    started: float,
+    cache: EncoderCache | None,
+) -> None:
+    """Say how a run ended, and write train.json if it is complete.
+
+    Args:
+        done: steps.
+        reason: that it was asked to stop for, if it was.
+        started: by the performance counter.
+    """
+    output, accelerator = run.output, run.state.accelerator
+    if done < run.total_steps and not output.exhausted:
+        saved = f"stopped by {reason} after step {done}, saved"
+        say(accelerator, f"{saved}: run the same command to resume")
+        return
+    ended_by = f"--patience {output.patience}" if output.exhausted else ""
+    if ended_by:
+        say(accelerator, f"ended by {ended_by} after step {done}: no better model since")
+    figures = {
+        "steps": done,
+        "ended_by": ended_by,
+        "wall_seconds": time.perf_counter() - started,
+        "first_step_seconds": meter.first_step_seconds,
+        "encoder_cache_seconds": cache and cache.seconds,
+        "peak_memory_gib": memory.peak_memory_gib(),
+        "processes": accelerator.num_processes,
+        "engine": engine.name(accelerator),
+        "skipped_steps": meter.skipped,
+        "criterion": output.criterion,
+        "best": output.best,
+        "last": journal.last,
+    }
+    if accelerator.is_main_process:
+        write_json(output.folder / "train.json", figures | output.provenance)
+    say(accelerator, f"{output.kind} in {output.folder}, figures in train.json")
 
 
 def cache_outputs(run: Run) -> EncoderCache:
