@@ -142,7 +142,15 @@ def count_table(clips: Sequence[ErrorCounts]) -> np.ndarray:
 def rate_interval(
     clips: Sequence[ErrorCounts], ids: Sequence[str], speakers: Sequence[str]
 ) -> Interval:
-    """The 95 % interval of the rate of clips (N), over speakers where they are known."""
-    units = choose_units(ids, speakers)
-    sums = resample(count_table(clips), units.members)
-    return interval(percent(sums[:, 0], sums[:, 1]), units.number)
+    """The 95 % interval of the rate of clips (N), over speakers where they are known.
+
+    Few speakers may happen to be alike: below FEW_SPEAKERS it reaches as far as that over clips.
+    """
+    units, bounds = [choose_units(ids, speakers)], []
+    if units[0].kind == "speaker" and units[0].number < FEW_SPEAKERS:
+        units.append(clip_units(ids))
+    for own in units:
+        sums = resample(count_table(clips), own.members)
+        bounds.append(interval(percent(sums[:, 0], sums[:, 1]), own.number))
+    lows, highs = zip(*(pair for pair in bounds if pair), strict=True) if any(bounds) else ((), ())
+    return [min(lows), max(highs)] if lows else None

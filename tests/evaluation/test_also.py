@@ -287,7 +287,7 @@ def test_texts_that_are_no_translations_are_counted():
     }  # fmt: skip
 
 
-def test_at_most_32_clips_are_sampled_and_the_same_for_every_system():
+def test_at_most_16_clips_are_sampled_and_the_same_for_every_system():
     ids = [str(row) for row in range(100)]
     rows = {"id": ids, "language": ["hi"] * 100}
     scores = Scores(Dataset.from_dict(rows), None, None)
@@ -295,5 +295,5 @@ def test_at_most_32_clips_are_sampled_and_the_same_for_every_system():
         scores.texts[name] = {own: Prediction(own, f"{name} {own}", False) for own in ids}
     base, adapter = (abilities.draw_sample(scores, name) for name in ("base", "adapter"))
     assert base.clips["id"] == adapter.clips["id"]
-    assert len(set(base.clips["id"])) == 32
+    assert len(set(base.clips["id"])) == 16
     assert base.texts == [f"base {own}" for own in base.clips["id"]]

@@ -177,8 +177,18 @@ def test_log_probabilities_that_rank_the_clips_by_errors_correlate_perfectly():
 def test_the_interval_that_training_logs_is_that_of_an_evaluation():
     counts = {"adapter": clip_counts([1, 0, 3, 1], [3, 2, 3, 1])}
     raw = counts["adapter"]["raw"]
-    ids, speakers = ["1", "2", "3", "4"], ["p", "p", "q", "r"]
-    expected = statistics.significance(ids, speakers, counts).intervals["adapter"]["raw"]
-    got = rate_interval(raw.words, ids, speakers)
-    assert got == expected["wer_interval"]
-    assert got[0] < got[1]
+    ids = ["1", "2", "3", "4"]
+    for speakers in (["", "", "", ""], ["p", "p", "q", "r"]):
+        expected = statistics.significance(ids, speakers, counts).intervals["adapter"]["raw"]
+        pairs = [expected["wer_interval"], expected.get("wer_interval_clips")]
+        lows, highs = zip(*(pair for pair in pairs if pair), strict=True)
+        got = rate_interval(raw.words, ids, speakers)
+        assert list(got) == [min(lows), max(highs)]
+        assert got[0] < got[1]
+
+
+def test_two_speakers_who_happen_to_be_alike_do_not_make_the_logged_interval_narrow():
+    errors, ids = [9, 1, 9, 1], ["1", "2", "3", "4"]
+    words = clip_counts(errors, [10, 10, 10, 10])["raw"].words
+    low, high = rate_interval(words, ids, ["p", "p", "q", "q"])
+    assert high - low > 20, "each speaker has 50 %"
