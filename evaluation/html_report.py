@@ -121,7 +121,10 @@ def headline(results: dict[str, Any]) -> str:
     rates = []
     for name, system in systems_of(results).items():
         raw = system["normalisers"]["raw"]
-        rates.append(f"{name} {raw['wer']:.1f}{show_interval(raw.get('wer_interval'))}")
+        shown = f"{name} {raw['wer']:.1f}{show_interval(raw.get('wer_interval'))}"
+        if raw.get("wer_interval_clips"):  # few speakers, who may happen to be alike
+            shown += f" (over clips{show_interval(raw['wer_interval_clips'])})"
+        rates.append(shown)
     return f"raw WER: {', '.join(rates)}"
 
 

@@ -578,3 +578,12 @@ def test_urdu_runs_from_the_right_and_hindi_from_the_left(fresh):
         "(piece) => piece.tagName + getComputedStyle(piece).direction)"
     )
     assert {"DELrtl", "INSltr"} <= set(pieces)
+
+
+def test_the_headline_of_few_speakers_has_the_interval_over_clips_too():
+    raw = {"wer": 70.9, "wer_interval": [70.0, 71.8]}
+    results = {"adapter": {"normalisers": {"raw": raw}}}
+    assert html_report.headline(results) == "raw WER: adapter 70.9 [70.0, 71.8]"
+    raw["wer_interval_clips"] = [61.4, 80.7]
+    shown = "raw WER: adapter 70.9 [70.0, 71.8] (over clips [61.4, 80.7])"
+    assert html_report.headline(results) == shown
