@@ -224,20 +224,21 @@ def evaluate(config: Config) -> None:
             config.model,
             adapter,
             tokenizer,
+            accelerator,
             window_mode=config.context,
             dtype=DTYPES[config.precision],
-            device=accelerator.device,
+            batch_seconds=config.batch_seconds,
         )
         for clips in (scores, *also.values()) if scores else ():
-            score_clips(clips, name, system, accelerator, tokenizer, config.batch_seconds)
+            score_clips(clips, name, system)
             if config.panels:
-                measure_abilities(clips, name, system, accelerator, tokenizer)
+                measure_abilities(clips, name, system)
         if scores and config.both_windows:
-            score_other_window(scores, name, system, accelerator, tokenizer, config.batch_seconds)
+            score_other_window(scores, name, system)
         if scores and config.panels:
-            decode_panel(scores, name, system, accelerator, tokenizer, config.batch_seconds)
+            decode_panel(scores, name, system)
         if audited and name == last:
-            suspects = audit(audited, system, accelerator, tokenizer, config.batch_seconds)
+            suspects = audit(audited, system)
         del system  # before the next one is loaded
 
     # ------ results

@@ -152,5 +152,5 @@ def rate_interval(
     for own in units:
         sums = resample(count_table(clips), own.members)
         bounds.append(interval(percent(sums[:, 0], sums[:, 1]), own.number))
-    lows, highs = zip(*(pair for pair in bounds if pair), strict=True) if any(bounds) else ((), ())
-    return [min(lows), max(highs)] if lows else None
+    known = [pair for pair in bounds if pair]
+    return [min(low for low, _ in known), max(high for _, high in known)] if known else None

@@ -261,14 +261,3 @@ def summarise(
         "clips_empty": sum(not prediction.text for prediction in predictions.values()),
         "normalisers": {name: clips.rates() for name, clips in counts.items()},
     }
-
-
-def score(
-    dataset: Dataset,
-    predictions: dict[str, Prediction],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    task: str,
-) -> dict[str, Any]:
-    """`summarise` what `count_errors` counts, whose arguments these are."""
-    return summarise(predictions, count_errors(dataset, predictions, tokenizer, task=task))

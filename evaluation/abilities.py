@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import regex
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
+from transformers import WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from common import decoding, labels, predictions
@@ -60,8 +59,6 @@ def measure_abilities(
     scores: Scores,
     name: str,
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Add `abilities` to the results of a system. All processes must call, with its clips scored.
 
@@ -69,17 +66,16 @@ def measure_abilities(
     tasks, and some vocabularies have no timestamps.
     """
     sample, result = draw_sample(scores, name), scores.systems[name]
-    say(accelerator, f"languages, translation and timestamps of {len(sample.clips)} clips")
-    given = system, accelerator, tokenizer, scores.options, result["batch_seconds"]
-    observed = observe(sample, *given)
+    say(system.accelerator, f"languages, translation and timestamps of {len(sample.clips)} clips")
+    observed = observe(sample, system, scores.options)
     ids = [str(clip_id) for clip_id in column(sample.clips, "id")]
     detected, forms = zip(*(observed[clip_id] for clip_id in ids), strict=True)
-    multilingual = not labels.is_english_only(tokenizer)
+    multilingual = not labels.is_english_only(system.tokenizer)
     result["abilities"] = {
         "clips": len(ids),
         "seed": SEED,
         "languages": count_languages(sample.languages, detected) if multilingual else None,
-        "other_task": examine_other_task(sample, *given) if multilingual else None,
+        "other_task": examine_other_task(sample, system, scores.options) if multilingual else None,
         "timestamps": count_forms(forms) if has_timestamps(system.model) else None,
     }
 
@@ -87,27 +83,24 @@ def measure_abilities(
 def observe(
     sample: Sample,
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
     options: predictions.DecodeOptions,
-    batch_seconds: float,
 ) -> dict[str, tuple[str, "TimestampForm | None"]]:
     """The language that is detected in each clip, and the form of its timestamps, by clip id.
 
     Each clip is decoded once, at the system's own window.
     """
-    model, english_only = system.model, labels.is_english_only(tokenizer)
+    model, english_only = system.model, labels.is_english_only(system.tokenizer)
     seconds, ids = column(sample.clips, "seconds"), column(sample.clips, "id")
     batches, _ = predictions.plan_batches(
-        accelerator,
+        system.accelerator,
         model.config,
         seconds,
         bytes_per_value=model.dtype.itemsize,
         window_mode=system.window_mode,
         margin=system.margin,
-        batch_seconds=batch_seconds,
+        batch_seconds=system.batch_seconds,
     )
-    own = batches[accelerator.process_index :: accelerator.num_processes]
+    own = batches[system.accelerator.process_index :: system.accelerator.num_processes]
     loader = load_batches(sample.clips, own, predictions.collator_for(model), num_workers=0)
     observed = []
     for batch, inputs in zip(own, loader, strict=True):
@@ -180,10 +173,7 @@ def count_languages(languages: Sequence[str], detected: Sequence[str]) -> dict[s
 def examine_other_task(
     sample: Sample,
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
     options: predictions.DecodeOptions,
-    batch_seconds: float,
 ) -> dict[str, Any] | None:
     """Decode with the task that the folder was not prepared for, and examine the texts.
 
@@ -195,7 +185,7 @@ def examine_other_task(
     task = "transcribe" if options.task == "translate" else "translate"
     clips = sample.clips.select(foreign)
     options = replace(options, task=task)
-    texts, _ = transcribe(system, accelerator, tokenizer, clips, options, batch_seconds)
+    texts, _ = transcribe(system, clips, options)
     ordered = [texts[str(clip_id)] for clip_id in column(clips, "id")]
     return {"task": task} | count_texts(ordered, [sample.texts[row] for row in foreign])
 

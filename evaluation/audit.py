@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from rapidfuzz.distance import Levenshtein
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
 
 from common import batching, predictions
 from common.collator import IGNORED, load_batches
@@ -74,31 +72,21 @@ class Clip:
 def audit(
     scores: Scores,
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_seconds: float,
 ) -> list[Clip]:
     """Transcribe a split, compute the loss of its transcripts, and rank. All processes must call.
 
     Args:
         scores: of the split; nothing is added to them.
-        batch_seconds: of window; 0: what fits memory.
     """
     dataset, task = scores.dataset, scores.options.task
-    texts, batch_seconds = transcribe(
-        system, accelerator, tokenizer, dataset, scores.options, batch_seconds
-    )
-    losses = transcript_losses(
-        system, accelerator, tokenizer, dataset, batch_seconds, scores.options.num_workers
-    )
+    texts, batch_seconds = transcribe(system, dataset, scores.options)
+    losses = transcript_losses(system, dataset, batch_seconds, scores.options.num_workers)
     return judge(dataset, predictions.written_languages(dataset, task), texts, losses)
 
 
 @torch.no_grad()
 def transcript_losses(
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     batch_seconds: float,
     num_workers: int,
@@ -107,7 +95,8 @@ def transcript_losses(
 
     To 3 decimals: the last bits depend on the batch.
     """
-    seconds, skipped = column(dataset, "seconds"), num_prompt_tokens(tokenizer) - 1
+    seconds, skipped = column(dataset, "seconds"), num_prompt_tokens(system.tokenizer) - 1
+    accelerator = system.accelerator
     batches = batching.window_plan(
         seconds,
         decode_windows(seconds, system.window_mode, system.margin),

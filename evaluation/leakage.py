@@ -34,8 +34,9 @@ def describe_leakage(scores: Scores, model: str, adapters: dict[str, str]) -> No
     if scores.train is not None:
         near = near_duplicates(texts, trained_on.normalised(scores.train, task))
         train = trained_on.hash_clips(scores.train, task)
+    of_model = trained_on.read(model, "--model")
     for name, system in scores.systems.items():
-        records = [trained_on.read(model, "--model")]
+        records = [of_model]
         if adapters[name]:
             records.append(trained_on.read(adapters[name], "--adapter"))
         known = [record for record in records if record is not None]

@@ -13,9 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from common import metrics
 from common.accelerator import say
@@ -137,9 +135,6 @@ def decode_panel(
     scores: Scores,
     name: str,
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_seconds: float,
 ) -> None:
     """Decode the panel with a system that has been scored as `name`, and add what it wrote.
 
@@ -147,14 +142,15 @@ def decode_panel(
     """
     scores.panel = scores.panel or draw_panel(scores.dataset)
     clips, options = scores.panel.clips, replace(scores.options, decode_again=False)
-    say(accelerator, f"panel: {len(clips)} clips without speech, cut off or padded, two windows")
+    say(
+        system.accelerator,
+        f"panel: {len(clips)} clips without speech, cut off or padded, two windows",
+    )
     languages = written_languages(clips, options.task)
     texts, rates = {}, {}
     for window in WINDOWS:
         windowed = replace(system, window_mode=window)
-        texts[window], _ = transcribe(
-            windowed, accelerator, tokenizer, clips, options, batch_seconds
-        )
+        texts[window], _ = transcribe(windowed, clips, options)
         rates[window] = describe(scores.panel, texts[window], languages)
     scores.panel.texts[name] = texts
     scores.systems[name]["nonspeech"] = rates

@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
+from common.bootstrap import REPLICAS, Interval
 from common.files import write_json, write_text
+from common.metrics import ClipCounts
 from common.prepared import column
 from evaluation import nonspeech
 from evaluation.abilities import abilities_shown, has_abilities
 from evaluation.leakage import leakage_shown
 from evaluation.scores import Panel, Scores
-from evaluation.statistics import REPLICAS, Interval, Significance, significance
+from evaluation.statistics import Significance, significance
 
 
 def write_results(
@@ -40,20 +44,10 @@ def write_results(
     write_panel(folder / nonspeech.FILE_NAME, scores.panel)
     write_json(folder / "wer.json", result)
     print(table(systems))
-    print(intervals_shown(systems, tested))
-    if scores.panel:
-        print(nonspeech.table(systems))
-    for name, system in systems.items():
-        print(leakage_shown(name, system))
-    if has_abilities(systems):
-        print(abilities_shown(systems))
+    print_findings(scores, tested)
     for name, own in also.items():
         print(f"also {name}")
-        print(intervals_shown(own.systems, tested_also[name]))
-        for system_name, system in own.systems.items():
-            print(leakage_shown(system_name, system))
-        if has_abilities(own.systems):
-            print(abilities_shown(own.systems))
+        print_findings(own, tested_also[name])
     for name, system in systems.items():
         print(f"{name}: {key_values(system)}")
     print(f"scores {folder / 'wer.json'}, texts {folder / 'predictions.jsonl'}", flush=True)
@@ -77,17 +71,38 @@ def write_texts(path: Path, scores: Scores) -> Significance:
             }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
+    if scores.other_counts:
+        others = {name: system["other_window"] for name, system in scores.systems.items()}
+        add_intervals(dataset, others, scores.other_counts)
+    return add_intervals(dataset, scores.systems, counts)
+
+
+def add_intervals(
+    dataset: Dataset,
+    systems: dict[str, dict[str, Any]],
+    counts: dict[str, dict[str, ClipCounts]],
+) -> Significance:
+    """Put its interval beside every rate of the systems.
+
+    Args:
+        counts: that the rates are made of, by system and normaliser.
+    """
     tested = significance(column(dataset, "id"), column(dataset, "speaker"), counts)
-    for name, system in scores.systems.items():
+    for name, system in systems.items():
         for normaliser, rates in system["normalisers"].items():
             rates |= tested.intervals[name][normaliser]
-    if scores.other_counts:
-        ids, speakers = column(dataset, "id"), column(dataset, "speaker")
-        other = significance(ids, speakers, scores.other_counts)
-        for name, system in scores.systems.items():
-            for normaliser, rates in system["other_window"]["normalisers"].items():
-                rates |= other.intervals[name][normaliser]
     return tested
+
+
+def print_findings(scores: Scores, tested: Significance) -> None:
+    """Print intervals, and what else was examined on the clips of a folder."""
+    print(intervals_shown(scores.systems, tested))
+    if scores.panel:
+        print(nonspeech.table(scores.systems))
+    for name, system in scores.systems.items():
+        print(leakage_shown(name, system))
+    if has_abilities(scores.systems):
+        print(abilities_shown(scores.systems))
 
 
 def compared(systems: dict[str, dict[str, Any]], tested: Significance) -> dict[str, Any]:

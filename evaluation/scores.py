@@ -4,9 +4,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accelerate import Accelerator
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from common import predictions
 from common.accelerator import say
@@ -102,22 +100,13 @@ def score_clips(
     scores: Scores,
     name: str,
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_seconds: float,
 ) -> None:
-    """Decode all clips with a system, and add it to the scores as `name`. All processes must call.
-
-    Args:
-        batch_seconds: of window; 0: what fits memory.
-    """
+    """Decode all clips with a system, and add it as `name`. All processes must call."""
     dataset, task = scores.dataset, scores.options.task
     start = time.perf_counter()
-    texts, batch_seconds = transcribe(
-        system, accelerator, tokenizer, dataset, scores.options, batch_seconds
-    )
+    texts, batch_seconds = transcribe(system, dataset, scores.options)
     wall_seconds = time.perf_counter() - start
-    counts = predictions.count_errors(dataset, texts, tokenizer, task=task)
+    counts = predictions.count_errors(dataset, texts, system.tokenizer, task=task)
     scores.texts[name], scores.counts[name] = texts, counts
     scores.systems[name] = predictions.summarise(texts, counts) | {
         "window": system.window_mode,
@@ -135,9 +124,6 @@ def score_other_window(
     scores: Scores,
     name: str,
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_seconds: float,
 ) -> None:
     """Add the rates of a scored system at the window it was not scored at: 30 s, or natural.
 
@@ -145,8 +131,8 @@ def score_other_window(
     """
     dataset, options = scores.dataset, scores.options
     other = replace(system, window_mode="full" if system.window_mode == "natural" else "natural")
-    texts, _ = transcribe(other, accelerator, tokenizer, dataset, options, batch_seconds)
-    counts = predictions.count_errors(dataset, texts, tokenizer, task=options.task)
+    texts, _ = transcribe(other, dataset, options)
+    counts = predictions.count_errors(dataset, texts, system.tokenizer, task=options.task)
     scores.other_counts[name] = counts
     rates = predictions.summarise(texts, counts) | {"window": other.window_mode}
     scores.systems[name]["other_window"] = rates
@@ -154,13 +140,11 @@ def score_other_window(
 
 def transcribe(
     system: System,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     options: DecodeOptions,
-    batch_seconds: float = 0.0,
 ) -> tuple[dict[str, Prediction], float]:
     """Decode all clips with a system: predictions by clip id, and the seconds of window a batch."""
+    accelerator = system.accelerator
     batches, batch_seconds = predictions.plan_batches(
         accelerator,
         system.model.config,
@@ -168,11 +152,9 @@ def transcribe(
         bytes_per_value=system.model.dtype.itemsize,
         window_mode=system.window_mode,
         margin=system.margin,
-        batch_seconds=batch_seconds,
+        batch_seconds=system.batch_seconds,
         num_beams=options.num_beams,
     )
-    if system.warning:
-        say(accelerator, f"warning: {system.name}: {system.warning}")
     margin = system.margin.margin / POSITIONS_PER_SECOND
     silence = f" ({margin:.2f} s after the speech)" if system.window_mode == "natural" else ""
     say(
@@ -181,7 +163,7 @@ def transcribe(
         f"{len(batches)} batches",
     )
     own = batches[accelerator.process_index :: accelerator.num_processes]
-    texts = predictions.transcribe(system.model, tokenizer, dataset, own, options)
+    texts = predictions.transcribe(system.model, system.tokenizer, dataset, own, options)
     return predictions.gather(texts), batch_seconds
 
 

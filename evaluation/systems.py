@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
 from common import predictions, whisper
+from common.accelerator import say
 from common.adapter import changes_nothing
 from common.cli import UserError
 from common.windows import DecodeMargin, DecodeWindowMode, decode_margin, trained_mode
@@ -16,12 +18,15 @@ from common.windows import DecodeMargin, DecodeWindowMode, decode_margin, traine
 
 @dataclass(frozen=True)
 class System:
-    """A model that is ready to decode."""
+    """A model that is ready to decode, and what it is decoded with."""
 
     name: str  # the adapter or, without one, the model
     model: WhisperForConditionalGeneration
     window_mode: DecodeWindowMode  # "natural" or "full"
     margin: DecodeMargin
+    tokenizer: PreTrainedTokenizerBase
+    accelerator: Accelerator
+    batch_seconds: float = 0.0  # of window; 0: what fits memory
     warning: str = ""  # what a reader of its score must know
 
 
@@ -29,10 +34,11 @@ def load_system(
     model: str,
     adapter: str,
     tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
     *,
     window_mode: DecodeWindowMode,
     dtype: torch.dtype,
-    device: torch.device,
+    batch_seconds: float = 0.0,
 ) -> System:
     """Load a base and, where `adapter` is not empty, merge the adapter into it.
 
@@ -42,7 +48,7 @@ def load_system(
     Raises:
         UserError: the adapter's own record says that it was trained on another base.
     """
-    loaded = predictions.load_for_decoding(model, adapter, dtype=dtype, device=device)
+    loaded = predictions.load_for_decoding(model, adapter, dtype=dtype, device=accelerator.device)
     whisper.complete_generation_config(loaded, tokenizer)
     record = read_record(adapter or model, "--adapter" if adapter else "--model")
     if adapter and record:  # of an adapter trained elsewhere only shapes can be compared
@@ -52,7 +58,11 @@ def load_system(
     warning = ""
     if adapter and changes_nothing(adapter):
         warning = "the adapter changes nothing: its LoRA is zero, and its score is the base's"
-    return System(adapter or model, loaded, mode, decode_margin(policy), warning)
+        say(accelerator, f"warning: {adapter}: {warning}")
+    return System(
+        adapter or model, loaded, mode, decode_margin(policy), tokenizer, accelerator,
+        batch_seconds, warning,
+    )  # fmt: skip
 
 
 def read_record(folder: str, option: str) -> dict[str, Any] | None:

@@ -143,13 +143,9 @@ def test_the_loss_is_that_of_the_text_alone_and_does_not_depend_on_the_batch(aud
     accelerator, tokenizer = Accelerator(cpu=True), labels.load_tokenizer(str(checkpoint))
     dataset = load_prepared(str(data))[0]["train"].select(range(4))
     system = load_system(
-        str(checkpoint), "", tokenizer, window_mode="full", dtype=torch.float32,
-        device=torch.device("cpu"),
+        str(checkpoint), "", tokenizer, accelerator, window_mode="full", dtype=torch.float32
     )  # fmt: skip
-    one, many = (
-        audit.transcript_losses(system, accelerator, tokenizer, dataset, seconds, 0)
-        for seconds in (30.0, 120.0)
-    )
+    one, many = (audit.transcript_losses(system, dataset, seconds, 0) for seconds in (30.0, 120.0))
     assert one.tolist() == many.tolist()
     waves = collator_for(system.model).waves([dataset[0]], 1500)["waves"]
     tokens = torch.tensor([dataset[0]["labels"]])

@@ -207,12 +207,12 @@ def test_chinese_is_scored_by_letter_where_it_was_transcribed_and_not_where_tran
     clips = Dataset.from_dict(rows)
     said = {"a": predictions.Prediction("a", "我们 去花园吧。", False)}
     said["b"] = predictions.Prediction("b", "we go", False)
-    found = predictions.score(clips.select([0]), said, None, task="transcribe")["normalisers"]
+    counts = predictions.count_errors(clips.select([0]), said, None, task="transcribe")
+    found = predictions.summarise(said, counts)["normalisers"]
     assert {name: rates["unit"] for name, rates in found.items()} == {
         "raw": "word", "keep_marks": "letter", "whisper_basic": "letter"
     }  # fmt: skip
     assert found["keep_marks"]["wer"] == 100 / 6
-    counts = predictions.count_errors(clips.select([0]), said, None, task="transcribe")
     worst = worst_clips(clips.select([0]), said, counts["keep_marks"])[0]
     assert (worst["word_errors"], worst["reference_words"]) == (1, 6)
     extra = {"window": "full", "clips_at_cap": 0, "clips_decoded_again": 0}
@@ -220,7 +220,8 @@ def test_chinese_is_scored_by_letter_where_it_was_transcribed_and_not_where_tran
     extra |= {"real_time_factor": 0.0, "peak_memory_gib": 0.0}
     shown = report.table({"base": {"normalisers": found} | extra})
     assert "counted by word, but keep_marks by letter, whisper_basic by letter" in shown
-    found = predictions.score(clips.select([1]), said, None, task="translate")["normalisers"]
+    translated = predictions.count_errors(clips.select([1]), said, None, task="translate")
+    found = predictions.summarise(said, translated)["normalisers"]
     assert {rates["unit"] for rates in found.values()} == {"word"}
     assert found["whisper_english"]["words"]["reference_length"] == 3
 
