@@ -21,8 +21,7 @@ from common.levels import MIN_PAUSE_SECONDS, lengthen, longest_pause, num_sample
 from training.augment import generator
 from training.sounds import KINDS
 
-PAUSES = "pauses of the corpus"
-PAUSE_SHARE = 0.2  # of the clips without speech; the other kinds are equally frequent
+PAUSE_SHARE = 0.2  # of the clips without speech are pauses of the corpus; of others, any as many
 SEARCHED = 4  # clips at most that a pause is looked for in, before another kind is taken
 
 

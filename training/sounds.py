@@ -20,15 +20,16 @@ Sound = Callable[[np.random.Generator, float], np.ndarray]
 LEVELS = ((-75.0, -65.0), (-55.0, -45.0), (-35.0, -25.0))
 FFT_MULTIPLE = 4_000  # samples: its prime factors are 2 and 5, so transforms are fast
 LOWEST_HZ = 50.0  # below it brown noise is flat: a random walk's power is nearly all inaudible
-BANDS_HZ = (100.0, 6_000.0)  # centers of band noise
-BAND_OCTAVES = (0.3, 2.0)  # widths of it
+BANDS_HZ = (300.0, 3_000.0)  # centers of band noise
+BAND_OCTAVES = (0.3, 1.0)  # widths of it
 SWELLS_PER_SECOND = (0.3, 4.0)
 MAINS_HZ = 60.0
-ODD_HARMONICS = tuple(range(1, 20, 2))
+MAINS_PERIODS = 3  # whole samples: the hum is these, again and again
 KNOCKS_PER_SECOND = (0.5, 6.0)
 KNOCK_HZ = (120.0, 900.0)
 KNOCK_SECONDS = (0.02, 0.08)
-CRACKLES_PER_SECOND = (10.0, 150.0)
+RUSTLES_PER_SECOND = (1.0, 4.0)
+RUSTLE_SECONDS = (0.1, 0.4)
 
 
 def _uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
@@ -93,12 +94,11 @@ def swelling_noise(rng: np.random.Generator, seconds: float) -> np.ndarray:
 
 def hum(rng: np.random.Generator, seconds: float) -> np.ndarray:
     """Mains hum of 60 Hz, odd harmonics of random strength, float32 (N,)."""
-    time = np.arange(num_samples(seconds)) / SAMPLE_RATE
-    samples = np.zeros(len(time))
-    for harmonic in ODD_HARMONICS:
-        strength, phase = rng.uniform(0, 1), rng.uniform(0, 2 * np.pi)
-        samples += strength * np.sin(2 * np.pi * MAINS_HZ * harmonic * time + phase)
-    return _at_drawn_level(rng, samples)
+    time = np.arange(num_samples(MAINS_PERIODS / MAINS_HZ)) / SAMPLE_RATE
+    harmonics = np.arange(1, 20, 2)[:, None]
+    strengths, phases = rng.uniform(0, (1.0, 2 * np.pi), (len(harmonics), 2)).T[..., None]
+    samples = (strengths * np.sin(2 * np.pi * MAINS_HZ * harmonics * time + phases)).sum(axis=0)
+    return _at_drawn_level(rng, np.resize(samples, num_samples(seconds)))
 
 
 def knocks(rng: np.random.Generator, seconds: float) -> np.ndarray:
@@ -116,13 +116,16 @@ def knocks(rng: np.random.Generator, seconds: float) -> np.ndarray:
     return np.clip(samples, -1, 1).astype(np.float32)
 
 
-def crackle(rng: np.random.Generator, seconds: float) -> np.ndarray:
-    """Single samples at random times in faint noise, as of a loose contact, float32 (N,)."""
-    samples = dither(rng, seconds)
-    rate, peak = _log_uniform(rng, CRACKLES_PER_SECOND), rng.uniform(0.02, 0.6)
-    starts = rng.integers(0, len(samples), max(1, rng.poisson(rate * seconds)))
-    samples[starts] = peak * rng.uniform(-1, 1, len(starts))
-    return samples
+def rustle(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """Bursts of high noise that swell and fade, as of cloth or paper, float32 (N,)."""
+    envelope = np.zeros(num_samples(seconds))
+    rate = _log_uniform(rng, RUSTLES_PER_SECOND)
+    for start in rng.integers(0, len(envelope), max(1, rng.poisson(rate * seconds))):
+        burst = np.hanning(num_samples(_uniform(rng, RUSTLE_SECONDS)))
+        part = envelope[start : start + len(burst)]
+        part += rng.uniform(0.3, 1) * burst[: len(part)]
+    noise = _noise(rng, seconds, lambda hz: hz)
+    return _at_drawn_level(rng, envelope * noise) + dither(rng, seconds)
 
 
 NOISES: tuple[Sound, ...] = (brown_noise, blue_noise, band_noise, swelling_noise)
@@ -134,5 +137,5 @@ KINDS: dict[str, Sound] = {
     "swelling noise": swelling_noise,
     "hum of 60 Hz": hum,
     "knocks": knocks,
-    "crackle": crackle,
+    "rustle": rustle,
 }
