@@ -50,9 +50,9 @@ def _noise(
     """Noise (N,) with an amplitude for each frequency in Hz, at any level."""
     number = num_samples(seconds)
     length = -(-number // FFT_MULTIPLE) * FFT_MULTIPLE
-    spectrum = np.fft.rfft(rng.standard_normal(length))
-    shaped = spectrum * amplitude(np.fft.rfftfreq(length, 1 / SAMPLE_RATE))
-    return np.fft.irfft(shaped, length)[:number]
+    spectrum = np.fft.rfft(rng.standard_normal(length, np.float32))
+    hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE).astype(np.float32)
+    return np.fft.irfft(spectrum * amplitude(hz), length)[:number]
 
 
 # ------ kinds
@@ -60,8 +60,7 @@ def _noise(
 
 def dither(rng: np.random.Generator, seconds: float) -> np.ndarray:
     """Near silence, as 16-bit recorders leave it: high-pass noise of the last bit, float32 (N,)."""
-    steps = np.diff(rng.uniform(0, 1, num_samples(seconds) + 1))
-    return (steps / 32_768).astype(np.float32)
+    return np.diff(rng.random(num_samples(seconds) + 1, np.float32)) / 32_768
 
 
 def brown_noise(rng: np.random.Generator, seconds: float) -> np.ndarray:
@@ -87,8 +86,8 @@ def band_noise(rng: np.random.Generator, seconds: float) -> np.ndarray:
 def swelling_noise(rng: np.random.Generator, seconds: float) -> np.ndarray:
     """Band noise that swells and fades, as of waves or passing cars, float32 (N,)."""
     samples = band_noise(rng, seconds)
-    time = np.arange(len(samples)) / SAMPLE_RATE
-    rate, phase = _log_uniform(rng, SWELLS_PER_SECOND), rng.uniform(0, 2 * np.pi)
+    time = np.arange(len(samples), dtype=np.float32) / SAMPLE_RATE
+    rate, phase = _log_uniform(rng, SWELLS_PER_SECOND), float(rng.uniform(0, 2 * np.pi))
     return _at_drawn_level(rng, samples * (1 + np.sin(2 * np.pi * rate * time + phase)) ** 2)
 
 
@@ -103,7 +102,7 @@ def hum(rng: np.random.Generator, seconds: float) -> np.ndarray:
 
 def knocks(rng: np.random.Generator, seconds: float) -> np.ndarray:
     """Knocks at random times in faint noise, each a damped oscillation, float32 (N,)."""
-    samples = dither(rng, seconds).astype(np.float64)
+    samples = dither(rng, seconds)
     rate, peak = _log_uniform(rng, KNOCKS_PER_SECOND), rng.uniform(0.02, 0.6)
     for start in rng.integers(0, len(samples), max(1, rng.poisson(rate * seconds))):
         decay = _uniform(rng, KNOCK_SECONDS) / 5
@@ -113,12 +112,12 @@ def knocks(rng: np.random.Generator, seconds: float) -> np.ndarray:
         part += (
             peak * rng.uniform(0.3, 1) * np.exp(-time / decay) * np.sin(np.pi * 2 * pitch * time)
         )
-    return np.clip(samples, -1, 1).astype(np.float32)
+    return np.clip(samples, -1, 1)
 
 
 def rustle(rng: np.random.Generator, seconds: float) -> np.ndarray:
     """Bursts of high noise that swell and fade, as of cloth or paper, float32 (N,)."""
-    envelope = np.zeros(num_samples(seconds))
+    envelope = np.zeros(num_samples(seconds), np.float32)
     rate = _log_uniform(rng, RUSTLES_PER_SECOND)
     for start in rng.integers(0, len(envelope), max(1, rng.poisson(rate * seconds))):
         burst = np.hanning(num_samples(_uniform(rng, RUSTLE_SECONDS)))
