@@ -16,7 +16,7 @@ import soxr
 import torch
 
 from common.audio import CHUNK_SECONDS, DYNAMIC_RANGE, LOG_FLOOR, SAMPLE_RATE, to_pcm
-from common.levels import INAUDIBLE, level
+from common.levels import INAUDIBLE, at_level, level
 from training.sounds import NOISES
 
 NOISY_SHARE = 0.5  # of the clips get noise: the others stay as they were recorded
@@ -74,7 +74,7 @@ def change_wave(
     if speed != 1.0:
         samples = play(samples, speed)
     if options.gain_db:
-        samples = change_gain(samples, rng.uniform(-options.gain_db, options.gain_db))
+        samples = change_gain(samples, float(rng.uniform(-options.gain_db, options.gain_db)))
     if options.noise_db:
         samples = add_noise(samples, rng, options.noise_db)
     return to_pcm(samples)
@@ -95,11 +95,11 @@ def change_gain(samples: np.ndarray, gain_db: float) -> np.ndarray:
 
 def add_noise(samples: np.ndarray, rng: np.random.Generator, least_db: float) -> np.ndarray:
     """Samples (N,), half the time with noise `least_db` or more below their level."""
-    if rng.random() >= NOISY_SHARE or level(samples) <= INAUDIBLE:
+    own = float(level(samples))
+    if rng.random() >= NOISY_SHARE or own <= INAUDIBLE:
         return samples
     noise = NOISES[rng.integers(len(NOISES))](rng, len(samples) / SAMPLE_RATE)
-    below = rng.uniform(least_db, least_db + NOISE_SPREAD)
-    return samples + noise * 10 ** ((level(samples) - below - level(noise)) / 20)
+    return samples + at_level(noise, own - rng.uniform(least_db, least_db + NOISE_SPREAD))
 
 
 # ------ features

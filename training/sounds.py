@@ -50,9 +50,9 @@ def _noise(
     """Noise (N,) with an amplitude for each frequency in Hz, at any level."""
     number = num_samples(seconds)
     length = -(-number // FFT_MULTIPLE) * FFT_MULTIPLE
-    spectrum = np.fft.rfft(rng.standard_normal(length, np.float32))
     hz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE).astype(np.float32)
-    return np.fft.irfft(spectrum * amplitude(hz), length)[:number]
+    white = rng.standard_normal((len(hz), 2), np.float32).view(np.complex64)[:, 0]  # its spectrum
+    return np.fft.irfft(white * amplitude(hz), length)[:number]
 
 
 # ------ kinds
