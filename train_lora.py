@@ -28,6 +28,7 @@ from common import batching, cli, memory, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.adapter import base_of
 from common.files import write_json
+from common.labels import num_prompt_tokens
 from common.precision import DTYPES, Precision
 from common.predictions import collator_for
 from common.prepared import column, label_lengths
@@ -36,6 +37,7 @@ from common.trained_on import hash_clips, pack
 from common.windows import WindowMode, window_policy
 from training import checkpoint, engine, lora
 from training import output as outputs
+from training.augment import Augmentation
 from training.data import Data, load_data
 from training.data import describe as describe_data
 from training.encoder_cache import EncoderCache, load_or_fill
@@ -51,6 +53,7 @@ from training.step import StepOptions, TrainState, make_state, train_step
 from training.stop import Stop, agree, listen
 from training.validation import Validation, evaluate, rehearse
 
+MAX_SPEED_CHANGE = 0.5  # of --speed: twice as slow is no speech that anybody records
 FULL_RATE = 1e-4  # a higher learning rate is warned of in full fine-tuning
 # Options that a resumed run may change: none of them changes what is computed, but for rounding.
 FREE_ON_RESUME = {
@@ -90,6 +93,12 @@ class Config:
     lora_scope: str = "all"  # all, decoder, or top_K: decoder and the encoder's last K layers
     cache_encoder: bool = False  # keep outputs of a frozen encoder on disk
     cache_dir: str = ""  # folder for them on a local disk; empty: OUTPUT_DIR/encoder_cache
+    # ------ what is heard beside and instead of the clips as they are
+    nospeech_share: float = 0.0  # clips of silence or noise, with no text, for each clip of speech
+    speed: float = 0.0  # play clips at 1 - speed, 1 or 1 + speed, drawn anew each epoch: 0.1
+    gain_db: float = 0.0  # make clips louder or quieter by up to so many dB
+    noise_db: float = 0.0  # add noise to half the clips, at least so many dB below them; 0: none
+    spec_augment: bool = False  # SpecAugment: mask stretches of time and frequency with silence
     # ------ base
     quantize: whisper.Quantize = "none"  # int8 or nf4: hold the base in 8 or 4 bits
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
@@ -109,6 +118,10 @@ class Config:
     collective_timeout: float = 30.0  # minutes a process waits for the other processes
     seed: int = 42  # of everything random
     num_workers: int = 2  # processes that read audio ahead; 0: the main process
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(self.speed, self.gain_db, self.noise_db, self.spec_augment)
 
     def memory_step(self, device: str) -> memory.Step:
         """What a training step computes on "cpu" or "cuda", as far as its memory depends on it."""
@@ -134,6 +147,7 @@ def check(config: Config) -> None:
             tune=config.tune, targets=config.lora_targets, scope=config.lora_scope,
             quantize=config.quantize, cache_encoder=config.cache_encoder,
         )
+        + augmentation_problems(config)
         + cli.out_of_range(
             config,
             positive=(
@@ -142,11 +156,29 @@ def check(config: Config) -> None:
             ),
             not_negative=(
                 "global_batch_size", "max_batch_seconds", "memory_gib", "max_minutes",
-                "save_every_minutes", "patience",
+                "save_every_minutes", "patience", "gain_db", "noise_db",
             ),
-            shares=("warmup_ratio", "lora_dropout"),
+            shares=("warmup_ratio", "lora_dropout", "nospeech_share", "speed"),
         )
     )  # fmt: skip
+
+
+def augmentation_problems(config: Config) -> list[tuple[bool, str]]:
+    """Rules for `cli.refuse` about what changes the clips or is mixed between them."""
+    names = ("nospeech_share", "speed", "gain_db", "noise_db", "spec_augment")
+    changing = [name for name in names if getattr(config, name)]
+    return [
+        (
+            config.cache_encoder and bool(changing),
+            "--cache_encoder true: its outputs are of the clips as they are, which "
+            f"--{' and --'.join(changing)} would change in every epoch: give one or the other",
+        ),
+        (
+            config.speed > MAX_SPEED_CHANGE,
+            f"--speed {config.speed:g}: plays clips up to so much faster or slower: give at most "
+            f"{MAX_SPEED_CHANGE:g}, such as 0.1",
+        ),
+    ]
 
 
 # ------ build
@@ -176,6 +208,8 @@ def load_model(
         config.model, dtype=held_dtype(config), quantize=config.quantize, device=device
     )
     whisper.complete_generation_config(base, tokenizer)
+    if config.nospeech_share:
+        whisper.allow_empty_text(base)
     set_seed(config.seed)  # of the adapter's first weights
     return trainable_model(config, base)
 
@@ -235,7 +269,9 @@ def train(config: Config, stop: Stop) -> Accelerator:
         plan = replace(plan, windows=cache.windows)
 
     # ------ the loop
-    options = StepOptions(config.seed, config.max_grad_norm, run.config.max_batch_seconds)
+    options = StepOptions(
+        config.seed, config.max_grad_norm, run.config.max_batch_seconds, config.spec_augment
+    )
     steps = load_steps(
         plan, data.train, collator_for(base_of(state.model)), first=done,
         total=done if output.exhausted else run.total_steps, num_workers=config.num_workers,
@@ -251,8 +287,7 @@ def train(config: Config, stop: Stop) -> Accelerator:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         train_step(state, step, pieces, meter, stop, options)
-        audio_seconds = float(plan.seconds[list(step.batch.clips)].sum())
-        meter.add(step, audio_seconds=audio_seconds, seconds=time.perf_counter() - mark)
+        meter.add(step, seconds=time.perf_counter() - mark)
         journal.bar.update()
 
         # ------ once in a while
@@ -353,6 +388,9 @@ def build(
         max_batch_seconds=config.max_batch_seconds,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        augmentation=config.augmentation,
+        nospeech_share=config.nospeech_share,
+        prompt_length=num_prompt_tokens(data.tokenizer),
     )
     total_steps = config.max_steps or config.num_epochs * plan.steps_per_epoch
     every = Every(

@@ -66,7 +66,7 @@ class SpeechCollator:
         waves = torch.zeros(len(rows), window * audio.SAMPLES_PER_POSITION, dtype=torch.int16)
         for i, row in enumerate(rows):
             if row is not None:
-                clip = torch.from_numpy(_samples(row))[: waves.shape[1]]
+                clip = torch.from_numpy(read_samples(row))[: waves.shape[1]]
                 waves[i, : len(clip)] = clip  # the window holds the clip but for rounding
         return {"waves": waves}
 
@@ -94,8 +94,14 @@ class SpeechCollator:
         }
 
 
-def _samples(row: dict[str, Any]) -> np.ndarray:
-    """A clip's samples, int16 (N,); raises UserError where they are not what was stored."""
+def read_samples(row: dict[str, Any]) -> np.ndarray:
+    """A clip's samples, int16 (N,): its audio is FLAC, or those already.
+
+    Raises:
+        UserError: they are not what was stored.
+    """
+    if isinstance(row["audio"], np.ndarray):
+        return row["audio"]
     try:
         samples = audio.decode_flac(row["audio"])
         lacking = row.get("seconds", 0.0) - (len(samples) + 1) / audio.SAMPLE_RATE
@@ -114,6 +120,12 @@ def label_positions(labels: torch.Tensor) -> torch.Tensor:
     return (labels.flatten() != IGNORED).nonzero()[:, 0]
 
 
+class Rows(Protocol):
+    """A prepared dataset, or what makes such rows."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
 class EncoderStates(Protocol):
     """Cached outputs of a frozen encoder, which take the place of waves."""
 
@@ -125,7 +137,7 @@ class EncoderStates(Protocol):
 class MicroBatches:
     """The micro-batches of one process as a map-style dataset: item i is the i-th, collated."""
 
-    dataset: Dataset
+    dataset: Rows
     batches: Sequence[MicroBatch] | Sequence[DecodeBatch]
     collate: SpeechCollator
     cache: EncoderStates | None = None
@@ -135,18 +147,18 @@ class MicroBatches:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor] | UserError:
         batch = self.batches[index]
-        rows = [None if clip is None else self.dataset[clip] for clip in batch.clips]
-        if self.cache is not None:
-            states = {"encoder_states": self.cache.read(batch)}
-            return states | self.collate.labels(rows, batch.label_length)
         try:
+            rows = [None if clip is None else self.dataset[clip] for clip in batch.clips]
+            if self.cache is not None:
+                states = {"encoder_states": self.cache.read(batch)}
+                return states | self.collate.labels(rows, batch.label_length)
             return self.collate(rows, window=batch.window, label_length=batch.label_length)
         except UserError as error:
             return error  # raised where it is read: a worker would wrap it in a traceback
 
 
 def load_batches(
-    dataset: Dataset,
+    dataset: Dataset | Rows,
     batches: Sequence[MicroBatch] | Sequence[DecodeBatch],
     collate: SpeechCollator,
     *,

@@ -206,6 +206,16 @@ def complete_generation_config(
             config.lang_to_id.setdefault(f"<|{code}|>", config.lang_to_id[f"<|{old}|>"])
 
 
+def allow_empty_text(model: WhisperForConditionalGeneration) -> None:
+    """Let decoding end before the first word, for a model that was trained on empty texts.
+
+    Checkpoints of Whisper forbid it (`begin_suppress_tokens`): they say silence by another token.
+    """
+    config = model.generation_config
+    first = config.begin_suppress_tokens or []
+    config.begin_suppress_tokens = [token for token in first if token != config.eos_token_id]
+
+
 # ------ features
 
 

@@ -18,6 +18,7 @@ from datasets import Dataset
 from common import metrics
 from common.accelerator import say
 from common.audio import CHUNK_SECONDS, SAMPLE_RATE, decode_flac, encode_flac
+from common.levels import MIN_PAUSE_SECONDS, lengthen, longest_pause, num_samples
 from common.predictions import Prediction, written_languages
 from common.prepared import column
 from evaluation import sounds
@@ -30,7 +31,6 @@ CLIPS = 2  # of each kind
 SECONDS = 5.0  # of a clip without speech
 WINDOWS = ("natural", "full")
 NOISE_LEVELS = (-20, -40, -60)  # dBFS: loud as speech, a noisy room, a quiet one
-PAUSE_SECONDS = 0.3  # at least; shorter ones are within words
 SEARCHED = 200  # clips at most that pauses are looked for in: reading a whole corpus takes minutes
 CUT_SECONDS = 1.0  # of speech, then it ends
 BEYOND_SPEECH = 1.5  # times as many words as were spoken are no errors of spacing any more
@@ -107,9 +107,9 @@ def _cut_pauses(dataset: Dataset, order: Sequence[int], language: str) -> list[d
     for index in order[:SEARCHED]:
         if len(rows) == KINDS[PAUSES]:
             break
-        pause = sounds.longest_pause(_samples(dataset, index))
-        if len(pause) >= sounds.num_samples(PAUSE_SECONDS):
-            rows.append(_row(PAUSES, len(rows), sounds.lengthen(pause, SECONDS), language))
+        pause = longest_pause(_samples(dataset, index))
+        if len(pause) >= num_samples(MIN_PAUSE_SECONDS):
+            rows.append(_row(PAUSES, len(rows), lengthen(pause, SECONDS), language))
     return rows
 
 
@@ -121,7 +121,7 @@ def _cut_speech(dataset: Dataset, order: Sequence[int]) -> Iterator[dict[str, An
     for kind in WITH_SPEECH:
         for number, index in enumerate(fitting[: KINDS[kind]]):
             clip, samples = dataset[index], _samples(dataset, index)
-            end = sounds.speech_start(samples) + sounds.num_samples(CUT_SECONDS)
+            end = sounds.speech_start(samples) + num_samples(CUT_SECONDS)
             missing = CHUNK_SECONDS * SAMPLE_RATE - len(samples)
             part = samples[:end] if kind == CUT else np.pad(samples, (0, missing))
             share = min(len(part) / len(samples), 1.0)

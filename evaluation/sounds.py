@@ -1,19 +1,14 @@
-"""Sounds without speech, each a pure function of a generator and a duration; and pauses of a clip.
+"""Sounds without speech that the panel judges by, pure functions of a generator and a duration.
 
-Levels are those of the root mean square in dBFS: 0 is that of a full-scale square wave.
+None of them is trained on: those are in `training.sounds`.
 Legend: N samples at 16 kHz.
 """
 
 import numpy as np
 
 from common.audio import SAMPLE_RATE
+from common.levels import BELOW_SPEECH, FRAME, at_level, frame_levels, num_samples
 
-FRAME = 320  # samples whose level is measured together, 20 ms
-INAUDIBLE = -100.0  # dBFS, below the smallest step of 16 bits; a digital zero is at it
-# A pause is so far below a clip's loud frames, and so close to its quiet ones, in dB: a vowel fades
-# by 30 dB before it ends, and what is left of it is above the noise of the room.
-BELOW_SPEECH = 30.0
-ABOVE_NOISE = 10.0
 MAINS_HZ = 50.0
 HARMONICS = 10  # of mains hum: to 500 Hz, where a rectifier's buzz has most of its power
 CLICKS_PER_SECOND = 3.0
@@ -22,24 +17,6 @@ NOTES_PER_SECOND = 2.0
 SCALE = (0, 2, 4, 7, 9)  # semitones of a pentatonic scale: any of its notes go together
 LOWEST_NOTE_HZ = 220.0
 PARTIALS = 4  # of a note
-
-
-def num_samples(seconds: float) -> int:
-    return round(seconds * SAMPLE_RATE)
-
-
-def level(samples: np.ndarray) -> np.ndarray:
-    """Level in dBFS of float (..., N), over the last axis; at least INAUDIBLE."""
-    power = np.mean(np.square(samples, dtype=np.float64), axis=-1)
-    return 10 * np.log10(np.maximum(power, 10 ** (INAUDIBLE / 10)))
-
-
-def at_level(samples: np.ndarray, dbfs: float) -> np.ndarray:
-    """Samples (N,) scaled to a level, float32."""
-    return (samples * 10 ** ((dbfs - level(samples)) / 20)).astype(np.float32)
-
-
-# ------ generators
 
 
 def silence(_rng: np.random.Generator, seconds: float) -> np.ndarray:
@@ -98,48 +75,9 @@ def music(rng: np.random.Generator, seconds: float, *, dbfs: float = -20.0) -> n
     return at_level(samples, dbfs)
 
 
-def lengthen(pause: np.ndarray, seconds: float) -> np.ndarray:
-    """A pause (N,) forwards, backwards, forwards and so on, without a jump, to a duration."""
-    number = num_samples(seconds)
-    return np.pad(pause[:number], (0, max(0, number - len(pause))), mode="symmetric")
-
-
-# ------ parts of a clip
-
-
-def longest_pause(samples: np.ndarray) -> np.ndarray:
-    """The longest stretch of a clip, float (N,), that holds nothing but the noise of the room.
-
-    Of a stretch that is mostly digital zeros nothing could be heard: there is none then.
-
-    Returns:
-        A part of `samples`, empty if there is no pause.
-    """
-    levels = frame_levels(samples)
-    is_audible = levels > INAUDIBLE
-    if not is_audible.any():
-        return samples[:0]
-    noise, speech = np.percentile(levels[is_audible], (5, 95))
-    is_quiet = levels < min(noise + ABOVE_NOISE, speech - BELOW_SPEECH)
-    edges = np.flatnonzero(np.diff(is_quiet.astype(int), prepend=0, append=0))
-    stretches = [
-        (end - start, start, end)
-        for start, end in edges.reshape(-1, 2).tolist()
-        if is_audible[start:end].mean() >= 0.5
-    ]
-    _, start, end = max(stretches, default=(0, 0, 0))
-    return samples[start * FRAME : end * FRAME]
-
-
 def speech_start(samples: np.ndarray) -> int:
     """The sample of a clip, float (N,), at which its first loud frame begins."""
     levels = frame_levels(samples)
     if not len(levels):
         return 0
     return FRAME * int(np.argmax(levels >= np.percentile(levels, 95) - BELOW_SPEECH))
-
-
-def frame_levels(samples: np.ndarray) -> np.ndarray:
-    """Level in dBFS of each whole frame of a clip, (N // FRAME,)."""
-    frames = len(samples) // FRAME
-    return level(samples[: frames * FRAME].reshape(frames, FRAME))

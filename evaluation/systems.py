@@ -53,6 +53,8 @@ def load_system(
     record = read_record(adapter or model, "--adapter" if adapter else "--model")
     if adapter and record:  # of an adapter trained elsewhere only shapes can be compared
         check_base(adapter, record, model, loaded)
+    if record and record.get("config", {}).get("nospeech_share"):
+        whisper.allow_empty_text(loaded)
     policy = record and record["window"]
     mode = trained_mode(policy) if window_mode == "auto" else window_mode
     warning = ""

@@ -14,6 +14,13 @@ SMALL = {
     "lora_alpha": 8,
     "num_workers": 0,
 }
+AUGMENTED = {  # all that is drawn for clips
+    "nospeech_share": 0.4,
+    "speed": 0.1,
+    "gain_db": 6.0,
+    "noise_db": 10.0,
+    "spec_augment": True,
+}
 
 
 def small_options(

@@ -19,6 +19,7 @@ import torch
 from common.adapter import base_of
 from common.memory import LOGIT_ROWS
 from common.whisper import features, run_encoder
+from training.augment import mask_features
 from training.lora import DropoutMasks
 
 
@@ -54,6 +55,7 @@ class SpeechLoss(torch.nn.Module):
         waves: torch.Tensor | None = None,
         encoder_states: torch.Tensor | None = None,
         clip_seeds: torch.Tensor | None = None,
+        spec_masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross entropy summed over the label tokens of a batch, a float32 scalar.
 
@@ -63,12 +65,16 @@ class SpeechLoss(torch.nn.Module):
             waves: int16 (B, samples) at 16 kHz; not needed where `encoder_states` are given.
             encoder_states: (B, C, D) cached outputs of a frozen encoder.
             clip_seeds: (B) seeds of the dropout on the adapter's input.
+            spec_masks: (B, 2, K, 2) masks of features, as `training.augment.spec_masks` draws them.
         """
         base = base_of(self.model)
         if clip_seeds is not None and self.training:
             self.masks.draw(clip_seeds)
         if encoder_states is None:
-            encoder_states = run_encoder(base.model.encoder, features(base, waves))
+            mel = features(base, waves)
+            if spec_masks is not None:
+                mel = mask_features(mel, spec_masks)
+            encoder_states = run_encoder(base.model.encoder, mel)
         hidden = base.model.decoder(
             input_ids=decoder_input_ids, encoder_hidden_states=encoder_states, use_cache=False
         ).last_hidden_state  # (B, T, D)

@@ -26,7 +26,7 @@ class Meter:
 
     loss: torch.Tensor  # summed over this process's tokens, on its device
     tokens: int = 0  # of all processes
-    clips: int = 0
+    clips: int = 0  # with speech
     audio_seconds: float = 0.0
     wait_seconds: float = 0.0  # spent waiting for data
     seconds: float = 0.0
@@ -36,13 +36,13 @@ class Meter:
     skipped: int = 0  # steps of the whole run that overflowed in fp16
     skipped_in_row: int = 0  # the last of them
 
-    def add(self, step: Step, *, audio_seconds: float, seconds: float) -> None:
+    def add(self, step: Step, *, seconds: float) -> None:
         """Count a step that was computed in `seconds`; `train_step` adds its loss and norm."""
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - psutil.Process().create_time()
         self.tokens += step.num_tokens
-        self.clips += len(step.batch.clips)
-        self.audio_seconds += audio_seconds
+        self.clips += len(step.speech)
+        self.audio_seconds += step.audio_seconds
         self.seconds += seconds
 
     def rates(self, loss: float, learning_rate: float) -> dict[str, float | None]:
@@ -106,7 +106,7 @@ def explain_not_finite(
         report: file that the clips are written to, by the process that may `write`.
     """
     rows = dataset.select_columns(["id", "seconds", "text"])
-    clips = [rows[clip] for clip in step.batch.clips]
+    clips = [rows[clip] for clip in step.speech]
     if write:
         write_json(report, {"step": step.number + 1, "gradient_norm": str(norm), "clips": clips})
     ids = ", ".join(str(clip["id"]) for clip in clips)

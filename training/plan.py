@@ -16,7 +16,7 @@ Why not Accelerate's own loaders, `accumulate`, `gather_for_metrics` and `save_s
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,12 @@ from datasets import Dataset
 from common import batching
 from common.batching import GlobalBatch, MicroBatch
 from common.collator import EncoderStates, SpeechCollator, load_batches
+from common.labels import PROMPT_LENGTH
 from common.windows import WindowMode
+from training import augment, nonspeech
+from training.augment import NO_AUGMENTATION, Augmentation
+from training.clips import EpochClips
+from training.nonspeech import Nonspeech
 
 Inputs = dict[str, torch.Tensor]  # a collated piece: what SpeechLoss takes, by name
 
@@ -39,6 +44,26 @@ class Step:
     batch: GlobalBatch
     num_tokens: int  # label tokens of the global batch, over all processes
     pieces: Sequence[MicroBatch]  # of this process
+    speech: tuple[int, ...]  # clips of the batch that are of the dataset
+    seconds: np.ndarray  # (rows,) length of each row of the epoch
+
+    @property
+    def audio_seconds(self) -> float:
+        """Of the clips with speech."""
+        return float(self.seconds[list(self.speech)].sum())
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The steps of an epoch, numbered from the start of the run, and what was drawn for it.
+
+    Its rows are the clips of the dataset and, after them, its clips without speech.
+    """
+
+    steps: list[Step]
+    seconds: np.ndarray  # (rows,) length of each row, at its speed
+    speeds: np.ndarray  # (N,) of the clips of the dataset
+    nonspeech: list[Nonspeech]
 
 
 @dataclass(frozen=True)
@@ -54,36 +79,67 @@ class TrainPlan:
     rank: int = 0
     num_processes: int = 1
     windows: np.ndarray | None = None  # (N,) positions of each clip, for cached encoder outputs
+    augmentation: Augmentation = NO_AUGMENTATION
+    nospeech_share: float = 0.0  # clips without speech for each clip of the dataset
+    prompt_length: int = PROMPT_LENGTH  # tokens of the prompt in labels
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.seconds) / self.global_batch_size)
 
-    def epoch(self, epoch: int) -> list[Step]:
-        """All steps of an epoch, numbered from the start of the run."""
+    def epoch(self, epoch: int) -> Epoch:
+        """All steps of an epoch, and its rows."""
+        speeds = augment.speeds(self.seconds, self.augmentation.speed, seed=self.seed, epoch=epoch)
+        seconds = self.seconds / speeds
         batches = batching.plan(
-            self.seconds,
+            seconds,
             global_batch_size=self.global_batch_size,
             seed=self.seed,
             epoch=epoch,
             window_mode=self.window_mode,
             windows=self.windows,
         )
-        return [
-            self._step(epoch * len(batches) + i, epoch, batch) for i, batch in enumerate(batches)
+        first = epoch * len(batches)
+        groups = [
+            nonspeech.beside(batch, self.nospeech_share, seed=self.seed, step=first + i)
+            for i, batch in enumerate(batches)
         ]
+        added = [clip for group in groups for clip in group]
+        seconds = np.append(seconds, seconds[[clip.partner for clip in added]])
+        # Of a clip without speech: its prompt without the start token, and the end token.
+        lengths = np.append(self.label_lengths, [self.prompt_length] * len(added)).astype(int)
+        rows = iter(range(len(self.seconds), len(seconds)))
+        steps = [
+            self._step(first + i, epoch, batch, [next(rows) for _ in group], seconds, lengths)
+            for i, (batch, group) in enumerate(zip(batches, groups, strict=True))
+        ]
+        return Epoch(steps, seconds, speeds, added)
 
-    def _step(self, number: int, epoch: int, batch: GlobalBatch) -> Step:
+    def _step(
+        self,
+        number: int,
+        epoch: int,
+        batch: GlobalBatch,
+        added: list[int],
+        seconds: np.ndarray,
+        lengths: np.ndarray,
+    ) -> Step:
+        """A step of a batch and of the rows without speech that are added to it.
+
+        Args:
+            seconds, lengths: (rows,) length and label tokens of each row of the epoch.
+        """
+        speech, batch = batch.clips, replace(batch, clips=(*batch.clips, *added))
         pieces = batching.micro_batches(
             batch,
             rank=self.rank,
             num_processes=self.num_processes,
             max_batch_seconds=self.max_batch_seconds,
-            label_lengths=self.label_lengths,
+            label_lengths=lengths,
             windows=self.windows,
         )
-        num_tokens = int(self.label_lengths[list(batch.clips)].sum())
-        return Step(number, epoch, batch, num_tokens, pieces)
+        num_tokens = int(lengths[list(batch.clips)].sum())
+        return Step(number, epoch, batch, num_tokens, pieces, speech, seconds)
 
 
 def load_steps(
@@ -99,8 +155,15 @@ def load_steps(
     """Yield the steps from `first` up to `total`, each with an iterator over its pieces."""
     last_epoch = math.ceil(total / plan.steps_per_epoch)
     for epoch in range(first // plan.steps_per_epoch, last_epoch):
-        steps = [step for step in plan.epoch(epoch) if first <= step.number < total]
+        drawn = plan.epoch(epoch)
+        steps = [step for step in drawn.steps if first <= step.number < total]
         pieces = [piece for step in steps for piece in step.pieces]
-        loader = iter(load_batches(dataset, pieces, collate, num_workers=num_workers, cache=cache))
+        rows = dataset
+        if drawn.nonspeech or plan.augmentation.changes_waves:
+            rows = EpochClips(
+                dataset, epoch, drawn.seconds, drawn.speeds, drawn.nonspeech, plan.augmentation,
+                plan.seed, plan.prompt_length,
+            )  # fmt: skip
+        loader = iter(load_batches(rows, pieces, collate, num_workers=num_workers, cache=cache))
         for step in steps:
             yield step, (next(loader) for _ in step.pieces)

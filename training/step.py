@@ -18,6 +18,7 @@ from common.adapter import base_of
 from common.cli import OwnError, UserError
 from common.collator import label_positions
 from training import engine
+from training.augment import spec_masks
 from training.loss import SpeechLoss
 from training.meter import Meter
 from training.plan import Inputs, Step
@@ -64,6 +65,7 @@ class StepOptions:
     seed: int
     max_grad_norm: float
     max_batch_seconds: float
+    spec_augment: bool = False
     num_parts: int = 1  # that each piece is cut into, after memory ran out
 
 
@@ -129,7 +131,7 @@ def accumulate(
         part
         for batch, piece in zip(step.pieces, pieces, strict=False)
         for part in split_rows(
-            piece | {"clip_seeds": clip_seeds(options.seed, step.number, batch.clips)},
+            piece | draws(step, batch.clips, options),
             options.num_parts,
         )
     )
@@ -168,6 +170,15 @@ def receive(collated: Iterator[Inputs], meter: Meter, received: list[Inputs]) ->
         received.append(piece)
         yield piece
         start = time.perf_counter()
+
+
+def draws(step: Step, clips: Sequence[int | None], options: StepOptions) -> Inputs:
+    """What is drawn for the clips of a piece: seeds of the dropout, and masks of features."""
+    drawn = {"clip_seeds": clip_seeds(options.seed, step.number, clips)}
+    if options.spec_augment:
+        masks = spec_masks(clips, step.seconds, seed=options.seed, step=step.number)
+        drawn["spec_masks"] = masks.pin_memory() if torch.cuda.is_available() else masks
+    return drawn
 
 
 def clip_seeds(seed: int, step: int, clips: Sequence[int | None]) -> torch.Tensor:

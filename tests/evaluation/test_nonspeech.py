@@ -10,6 +10,7 @@ from datasets import Dataset
 from few_sounds import FEW
 
 import eval_wer
+from common import levels
 from common.audio import SAMPLE_RATE, decode_flac, encode_flac
 from common.predictions import Prediction
 from evaluation import nonspeech, sounds
@@ -62,7 +63,7 @@ def test_noise_in_the_panel_has_the_level_of_its_name(panel, dbfs):
         clips = samples(panel, f"{color} noise {dbfs} dBFS")
         assert len(clips) == nonspeech.CLIPS
         for clip in clips:
-            assert sounds.level(clip) == pytest.approx(dbfs, abs=0.1), color
+            assert levels.level(clip) == pytest.approx(dbfs, abs=0.1), color
 
 
 @pytest.mark.parametrize(
@@ -85,9 +86,9 @@ def test_hum_has_no_power_but_at_multiples_of_50_hz():
 
 def test_clicks_are_short_and_music_never_stops():
     clicks, music = sounds.clicks(rng(), 5.0), sounds.music(rng(), 5.0)
-    assert (sounds.frame_levels(clicks) == sounds.INAUDIBLE).mean() > 0.5
+    assert (levels.frame_levels(clicks) == levels.INAUDIBLE).mean() > 0.5
     assert np.abs(clicks).max() == pytest.approx(0.3)
-    assert sounds.frame_levels(music).min() > -60
+    assert levels.frame_levels(music).min() > -60
     assert np.abs(music).max() < 1
 
 
@@ -105,9 +106,9 @@ def test_a_sound_is_a_function_of_its_generator_and_has_its_duration(kind):
 
 def test_a_pause_is_the_longest_stretch_without_speech():
     clip = recording()
-    pause = sounds.longest_pause(np.concatenate([clip, clip[:8_000]]))  # 1.5 s of noise at its end
+    pause = levels.longest_pause(np.concatenate([clip, clip[:8_000]]))  # 1.5 s of noise at its end
     assert 0.9 * 24_000 <= len(pause) <= 24_000
-    assert sounds.level(pause) == pytest.approx(-60, abs=1)
+    assert levels.level(pause) == pytest.approx(-60, abs=1)
 
 
 def test_pauses_in_the_panel_come_from_the_corpus_and_hold_no_speech(panel):
@@ -116,14 +117,14 @@ def test_pauses_in_the_panel_come_from_the_corpus_and_hold_no_speech(panel):
     rooms = [np.round(recording(seed=seed) * 32768).astype(int) for seed in range(3)]
     for pause in pauses:
         assert len(pause) == 5 * SAMPLE_RATE
-        assert sounds.frame_levels(pause).max() < -55
+        assert levels.frame_levels(pause).max() < -55
         start = np.round(pause[:200] * 32768).astype(int).tobytes()
         assert any(start in room.tobytes() for room in rooms)
 
 
 def test_a_pause_is_lengthened_without_a_jump():
     pause = np.linspace(-0.1, 0.1, 5_000, dtype=np.float32)
-    longer = sounds.lengthen(pause, 5.0)
+    longer = levels.lengthen(pause, 5.0)
     assert len(longer) == 80_000
     assert np.abs(np.diff(longer)).max() <= np.diff(pause).max() * 1.01
 

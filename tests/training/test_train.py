@@ -13,7 +13,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from short_run import SMALL, records, small_options, train
+from short_run import AUGMENTED, SMALL, records, small_options, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
@@ -76,12 +76,16 @@ def test_the_loss_is_the_same_for_every_accumulation(options, tmp_path):
     runs = []
     for clips in (4, 2, 1):
         seconds = clips * 30.0
-        own = options | {
-            "output_dir": str(tmp_path / f"of{clips}"),
-            "max_batch_seconds": seconds,
-            "context": "full",
-            "lora_dropout": 0.0,
-        }
+        own = (
+            options
+            | AUGMENTED
+            | {
+                "output_dir": str(tmp_path / f"of{clips}"),
+                "max_batch_seconds": seconds,
+                "context": "full",
+                "lora_dropout": 0.0,
+            }
+        )
         train(own)
         runs.append(list(records(own, "loss").values()))
     assert np.allclose(runs[0], runs[1], rtol=1e-5), runs
@@ -90,7 +94,7 @@ def test_the_loss_is_the_same_for_every_accumulation(options, tmp_path):
 
 @pytest.mark.slow
 def test_the_loss_is_the_same_with_two_processes(options, tmp_path):
-    one = options | {"lora_dropout": 0.0, "global_batch_size": 3}  # 3: the ranks' shares differ
+    one = options | AUGMENTED | {"global_batch_size": 3}  # 3: the ranks' shares differ
     train(one)
     two = one | {"output_dir": str(tmp_path / "two")}
     done = launch.run("train_lora.py", two, processes=2)
@@ -381,7 +385,8 @@ def test_a_scope_without_meaning_is_refused(options):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_losses_and_the_same_adapter(options, tmp_path):
-    whole = options | {"max_steps": 40, "log_every": 3, "eval_every": 10, "save_every": 7}
+    more = {"max_steps": 40, "log_every": 3, "eval_every": 10, "save_every": 7}
+    whole = options | AUGMENTED | more
     train(whole)
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     process = launch.start(launch.command("train_lora.py", cut))
@@ -448,7 +453,7 @@ def test_validation_clips_are_decoded_in_batches_that_fit_the_free_memory_in_the
 
 
 def test_a_resumed_run_takes_up_losses_since_the_last_log_line(options, tmp_path):
-    whole = options | {"log_every": 3, "eval_every": 100}
+    whole = options | AUGMENTED | {"log_every": 3, "eval_every": 100}
     train(whole)
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     train(cut)
@@ -478,6 +483,11 @@ def test_other_options_are_refused_by_name_and_never_starts_anew(finished):
         ({"num_epochs": 0}, "--num_epochs 0: give a positive number"),
         ({"warmup_ratio": 1.5}, "--warmup_ratio 1.5: give a share"),
         ({"precision": "fp16"}, "--precision fp16: needs a GPU"),
+        ({"speed": 0.9}, "--speed 0.9: plays clips up to"),
+        (
+            {"lora_scope": "decoder", "cache_encoder": True, "speed": 0.1, "nospeech_share": 0.1},
+            "--nospeech_share and --speed would change in every epoch",
+        ),
     ],
 )
 def test_each_mistake_names_option_value_and_remedy(options, wrong, message):
