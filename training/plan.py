@@ -99,37 +99,26 @@ class TrainPlan:
             window_mode=self.window_mode,
             windows=self.windows,
         )
-        first = epoch * len(batches)
-        groups = [
-            nonspeech.beside(batch, self.nospeech_share, seed=self.seed, step=first + i)
-            for i, batch in enumerate(batches)
-        ]
-        added = [clip for group in groups for clip in group]
+        first, added, mixed = epoch * len(batches), [], []
+        for i, batch in enumerate(batches):
+            group = nonspeech.beside(batch, self.nospeech_share, seed=self.seed, step=first + i)
+            start = len(seconds) + len(added)
+            rows = range(start, start + len(group))
+            mixed.append(replace(batch, clips=(*batch.clips, *rows)))
+            added += group
         seconds = np.append(seconds, seconds[[clip.partner for clip in added]])
         # Of a clip without speech: its prompt without the start token, and the end token.
         lengths = np.append(self.label_lengths, [self.prompt_length] * len(added)).astype(int)
-        rows = iter(range(len(self.seconds), len(seconds)))
         steps = [
-            self._step(first + i, epoch, batch, [next(rows) for _ in group], seconds, lengths)
-            for i, (batch, group) in enumerate(zip(batches, groups, strict=True))
+            self._step(first + i, epoch, batch, seconds, lengths) for i, batch in enumerate(mixed)
         ]
         return Epoch(steps, seconds, speeds, added)
 
     def _step(
-        self,
-        number: int,
-        epoch: int,
-        batch: GlobalBatch,
-        added: list[int],
-        seconds: np.ndarray,
-        lengths: np.ndarray,
+        self, number: int, epoch: int, batch: GlobalBatch, seconds: np.ndarray, lengths: np.ndarray
     ) -> Step:
-        """A step of a batch and of the rows without speech that are added to it.
-
-        Args:
-            seconds, lengths: (rows,) length and label tokens of each row of the epoch.
-        """
-        speech, batch = batch.clips, replace(batch, clips=(*batch.clips, *added))
+        """Args: seconds, lengths: (rows,) length and label tokens of each row of the epoch."""
+        speech = tuple(clip for clip in batch.clips if clip < len(self.seconds))
         pieces = batching.micro_batches(
             batch,
             rank=self.rank,
