@@ -75,7 +75,7 @@ class Config:
     num_epochs: int = 3  # passes over the training split
     max_steps: int = 0  # optimizer steps; 0: as many as --num_epochs takes
     max_minutes: float = 0.0  # time limit in minutes, including the final save; 0: none
-    global_batch_size: int = 0  # clips per step over all processes; 0: 16, or 64 from 10,000 clips
+    global_batch_size: int = 0  # clips per step over all processes; 0: 8, or 64 from 10,000 clips
     max_batch_seconds: float = 0.0  # seconds of audio window per forward pass; 0: what fits memory
     memory_gib: float = 0.0  # memory that a process may use, in GiB; 0: what is free
     # ------ optimizer
@@ -88,13 +88,13 @@ class Config:
     tune: lora.Tune = "lora"  # lora, full (all weights) or encoder_frozen (all but the encoder's)
     lora_rank: int = 32  # rank of the update
     lora_alpha: int = 64  # the update is scaled by alpha / rank
-    lora_targets: str = "q_proj,v_proj"  # of q_proj,k_proj,v_proj,out_proj,fc1,fc2
+    lora_targets: str = "q_proj,k_proj,v_proj,out_proj,fc1,fc2"  # layers with an adapter
     lora_dropout: float = 0.05  # on the update's input, by feature
     lora_scope: str = "all"  # all, decoder, or top_K: decoder and the encoder's last K layers
     cache_encoder: bool = False  # keep outputs of a frozen encoder on disk
     cache_dir: str = ""  # folder for them on a local disk; empty: OUTPUT_DIR/encoder_cache
     # ------ what is heard beside and instead of the clips as they are
-    nospeech_share: float = 0.0  # clips of silence or noise, with no text, for each clip of speech
+    nospeech_share: float = 0.05  # clips of silence or noise, with no text, per clip of speech
     speed: float = 0.0  # play clips at 1 - speed, 1 or 1 + speed, drawn anew each epoch: 0.1
     gain_db: float = 0.0  # make clips louder or quieter by up to so many dB
     noise_db: float = 0.0  # add noise to half the clips, at least so many dB below them; 0: none
@@ -165,7 +165,7 @@ def check(config: Config) -> None:
 
 def augmentation_problems(config: Config) -> list[tuple[bool, str]]:
     """Rules for `cli.refuse` about what changes the clips or is mixed between them."""
-    names = ("nospeech_share", "speed", "gain_db", "noise_db", "spec_augment")
+    names = ("speed", "gain_db", "noise_db", "spec_augment")
     changing = [name for name in names if getattr(config, name)]
     return [
         (
@@ -255,6 +255,12 @@ def train(config: Config, stop: Stop) -> Accelerator:
     )  # fmt: skip
     batch_size = config.global_batch_size or batching.default_batch_size(len(data.train))
     config = replace(config, global_batch_size=batch_size)
+    if config.cache_encoder and config.nospeech_share:
+        say(
+            accelerator,
+            "no clips without speech: outputs of the encoder are cached for speech only",
+        )
+        config = replace(config, nospeech_share=0.0)
     identity = identify(config, accelerator, data.report)
     resumed_from, saved = checkpoint.agree(
         Path(config.output_dir) / "checkpoints", identity, accelerator,

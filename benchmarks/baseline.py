@@ -34,6 +34,7 @@ from common.files import write_json
 
 BATCH_SIZE = 8  # of the tutorial, in training and in evaluation
 MAX_NEW_TOKENS = 255
+TARGETS = "q_proj,v_proj"  # of the adapter
 NUM_WORKERS = 2
 SPLITS = {"train": "train.tsv", "test": "test.tsv"}
 
@@ -118,7 +119,7 @@ def train(config: Config) -> dict[str, Any]:
     adapted = get_peft_model(
         model,
         LoraConfig(
-            r=32, lora_alpha=64, target_modules=["q_proj", "v_proj"], lora_dropout=0.05, bias="none"
+            r=32, lora_alpha=64, target_modules=TARGETS.split(","), lora_dropout=0.05, bias="none"
         ),
     )
     trainer = Seq2SeqTrainer(

@@ -158,7 +158,7 @@ def our_training(
             "--max_steps", config.max_steps, "--precision", precision, "--seed", seed,
             "--learning_rate", config.learning_rate, "--context", config.context,
             "--eval_every", 10**6, "--save_every", 10**6, "--num_workers", baseline.NUM_WORKERS,
-            *more,
+            "--lora_targets", baseline.TARGETS, "--nospeech_share", 0, *more,
         ],
     }  # fmt: skip
     for window in ("natural", "full"):

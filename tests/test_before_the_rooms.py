@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 import eval_wer
 import train_lora
+from common import batching
+from common.windows import DecodeMargin
+from training import validation
 
 WRITTEN = Path(__file__).parent / "data" / "before_the_rooms"
 
@@ -23,6 +26,8 @@ def folder(checkpoint, tmp_path, monkeypatch):
     """A working folder as that run had it: paths are relative, and part of its identity."""
     shutil.copytree(WRITTEN, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint").symlink_to(checkpoint)
+    monkeypatch.setattr(batching, "TRAIN_MARGIN", (32, 160))  # its windows were longer
+    monkeypatch.setattr(validation, "TRAINED", DecodeMargin(margin=64, floor=0))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -41,6 +46,8 @@ def test_an_interrupted_run_resumes_to_the_same_losses_and_the_same_adapter(fold
             log_every=1,
             lora_rank=2,
             lora_alpha=4,
+            lora_targets="q_proj,v_proj",  # the defaults of then
+            nospeech_share=0.0,
             num_workers=0,
             eval_every=2,
             save_every=2,

@@ -24,6 +24,7 @@ from benchmarks import (
     process,
     scaling,
     simulated_memory,
+    time_to_quality,
     versus_recipe,
 )
 from common import audio, cli, whisper
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "engines": engines,
     "kill_resume": kill_resume,
     "simulated_memory": simulated_memory,
+    "time_to_quality": time_to_quality,
 }
 
 
@@ -136,6 +138,41 @@ def test_both_sides_run_and_every_figure_is_written(checkpoint, tmp_path, forked
     assert found["work"]["ours"]["bucket_padding_share"] < 0.5
     with pytest.raises(cli.UserError, match=r"--output_dir .* exists"):
         versus_recipe.main(config)
+
+
+@pytest.mark.slow
+def test_time_to_quality_ends_at_the_first_run_that_is_as_good(checkpoint, tmp_path, forked):
+    source, output = common_voice(tmp_path / "source"), tmp_path / "quality"
+    config = time_to_quality.Config(
+        data_dir=str(source), model=str(checkpoint), output_dir=str(output), language="mr",
+        seeds="1", clips="8,4", max_steps=1,
+    )  # fmt: skip
+    time_to_quality.main(config)
+    (one,) = json.loads((output / "time_to_quality.json").read_text(encoding="utf-8"))["seeds"]
+    recipe, ours = one["recipe"], one["ours"]
+    good = [time_to_quality.is_as_good(run, recipe) for run in ours]
+    assert [run["clips"] for run in ours] == [4, 8][: len(ours)], "the fewest clips first"
+    assert not any(good[:-1]) and (good[-1] or len(ours) == 2)
+    assert all(run["seconds"] > 0 for run in (recipe, *ours))
+    assert (output / "time_to_quality.png").stat().st_size > 1000
+
+
+def test_as_good_means_at_both_windows_and_no_ratio_is_given_otherwise():
+    recipe = {"clips": 8, "seconds": 100.0, "scores": {"wer": 50.0}}
+    runs = [
+        {"clips": 2, "seconds": 5.0, "natural": {"wer": 40.0}, "full": {"wer": 50.1}},
+        {"clips": 4, "seconds": 10.0, "natural": {"wer": 49.0}, "full": {"wer": 50.0}},
+    ]
+    assert [time_to_quality.is_as_good(run, recipe) for run in runs] == [False, True]
+    both = [
+        {"seed": 1, "recipe": recipe, "ours": runs, "seconds": 10.0, "ratio": 10.0},
+        {"seed": 2, "recipe": recipe, "ours": runs[:1], "seconds": None, "ratio": None},
+    ]
+    lines = time_to_quality.table(both).splitlines()
+    assert [line.split(" | ")[-1] for line in lines[2:7]] == [
+        "|", "not as good |", "10.0 |", "|", "not as good |"
+    ]  # fmt: skip
+    assert lines[-1].startswith("1 of 2 seeds"), lines[-1]
 
 
 def test_only_clips_of_the_length_asked_for_are_taken(tmp_path):

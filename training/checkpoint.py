@@ -133,7 +133,7 @@ def find(
         changed = [
             f"--{name} {value} (was {before.get(name)})"
             for name, value in identity.items()
-            if value != before.get(name)
+            if value != before.get(name, type(value)())  # an option that is newer was off: 0 or ""
         ]
         if changed and not changed_too:
             raise UserError(
