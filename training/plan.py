@@ -28,7 +28,6 @@ from common.collator import EncoderStates, SpeechCollator, load_batches
 from common.labels import PROMPT_LENGTH
 from common.windows import WindowMode
 from training import augment, nonspeech
-from training.augment import NO_AUGMENTATION, Augmentation
 from training.clips import EpochClips
 from training.nonspeech import Nonspeech
 
@@ -79,7 +78,7 @@ class TrainPlan:
     rank: int = 0
     num_processes: int = 1
     windows: np.ndarray | None = None  # (N,) positions of each clip, for cached encoder outputs
-    augmentation: Augmentation = NO_AUGMENTATION
+    speed: float = 0.0  # clips are played at 1 - speed, 1 or 1 + speed
     nospeech_share: float = 0.0  # clips without speech for each clip of the dataset
     prompt_length: int = PROMPT_LENGTH  # tokens of the prompt in labels
 
@@ -89,7 +88,7 @@ class TrainPlan:
 
     def epoch(self, epoch: int) -> Epoch:
         """All steps of an epoch, and its rows."""
-        speeds = augment.speeds(self.seconds, self.augmentation.speed, seed=self.seed, epoch=epoch)
+        speeds = augment.speeds(self.seconds, self.speed, seed=self.seed, epoch=epoch)
         seconds = self.seconds / speeds
         batches = batching.plan(
             seconds,
@@ -148,10 +147,10 @@ def load_steps(
         steps = [step for step in drawn.steps if first <= step.number < total]
         pieces = [piece for step in steps for piece in step.pieces]
         rows = dataset
-        if drawn.nonspeech or plan.augmentation.changes_waves:
+        if drawn.nonspeech or plan.speed:
             rows = EpochClips(
-                dataset, epoch, drawn.seconds, drawn.speeds, drawn.nonspeech, plan.augmentation,
-                plan.seed, plan.prompt_length,
+                dataset, drawn.seconds, drawn.speeds, drawn.nonspeech, plan.seed,
+                plan.prompt_length,
             )  # fmt: skip
         loader = iter(load_batches(rows, pieces, collate, num_workers=num_workers, cache=cache))
         for step in steps:

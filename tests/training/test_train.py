@@ -490,8 +490,8 @@ def test_other_options_are_refused_by_name_and_never_starts_anew(finished):
         ({"precision": "fp16"}, "--precision fp16: needs a GPU"),
         ({"speed": 0.9}, "--speed 0.9: plays clips up to"),
         (
-            {"lora_scope": "decoder", "cache_encoder": True, "speed": 0.1, "nospeech_share": 0.1},
-            "--nospeech_share and --speed would change in every epoch",
+            {"lora_scope": "decoder", "cache_encoder": True, "speed": 0.1, "spec_augment": True},
+            "--speed and --spec_augment would change in every epoch",
         ),
     ],
 )
