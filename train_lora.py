@@ -37,7 +37,6 @@ from common.trained_on import hash_clips, pack
 from common.windows import WindowMode, window_policy
 from training import checkpoint, engine, lora
 from training import output as outputs
-from training.augment import Augmentation
 from training.data import Data, load_data
 from training.data import describe as describe_data
 from training.encoder_cache import EncoderCache, load_or_fill
@@ -97,8 +96,6 @@ class Config:
     # ------ what is heard beside and instead of the clips as they are
     nospeech_share: float = 0.05  # clips of silence or noise, with no text, per clip of speech
     speed: float = 0.0  # play clips at 1 - speed, 1 or 1 + speed, drawn anew each epoch: 0.1
-    gain_db: float = 0.0  # make clips louder or quieter by up to so many dB
-    noise_db: float = 0.0  # add noise to half the clips, at least so many dB below them; 0: none
     spec_augment: bool = False  # SpecAugment: mask stretches of time and frequency with silence
     # ------ base
     quantize: whisper.Quantize = "none"  # int8 or nf4: hold the base in 8 or 4 bits
@@ -119,10 +116,6 @@ class Config:
     collective_timeout: float = 30.0  # minutes a process waits for the other processes
     seed: int = 42  # of everything random
     num_workers: int = 2  # processes that read audio ahead; 0: the main process
-
-    @property
-    def augmentation(self) -> Augmentation:
-        return Augmentation(self.speed, self.gain_db, self.noise_db, self.spec_augment)
 
     def memory_step(self, device: str) -> memory.Step:
         """What a training step computes on "cpu" or "cuda", as far as its memory depends on it."""
@@ -158,7 +151,7 @@ def check(config: Config) -> None:
             ),
             not_negative=(
                 "global_batch_size", "max_batch_seconds", "memory_gib", "max_minutes",
-                "save_every_minutes", "patience", "gain_db", "noise_db",
+                "save_every_minutes", "patience",
             ),
             shares=("warmup_ratio", "lora_dropout", "nospeech_share", "speed"),
         )
@@ -167,7 +160,7 @@ def check(config: Config) -> None:
 
 def augmentation_problems(config: Config) -> list[tuple[bool, str]]:
     """Rules for `cli.refuse` about what changes the clips or is mixed between them."""
-    names = ("speed", "gain_db", "noise_db", "spec_augment")
+    names = ("speed", "spec_augment")
     changing = [name for name in names if getattr(config, name)]
     return [
         (
@@ -400,7 +393,7 @@ def build(
         max_batch_seconds=config.max_batch_seconds,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        augmentation=config.augmentation,
+        speed=config.speed,
         nospeech_share=config.nospeech_share,
         prompt_length=num_prompt_tokens(data.tokenizer),
     )

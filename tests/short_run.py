@@ -17,8 +17,6 @@ SMALL = {
 AUGMENTED = {  # all that is drawn for clips
     "nospeech_share": 0.4,
     "speed": 0.1,
-    "gain_db": 6.0,
-    "noise_db": 10.0,
     "spec_augment": True,
 }
 

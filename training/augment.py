@@ -1,4 +1,4 @@
-"""What training clips are changed by, each time anew: speed, gain, noise, and masks of features.
+"""What training clips are changed by, each time anew: their speed, and masks of their features.
 
 Every draw is a function of the seed and of the epoch or step and the clip, so it does not depend on
 processes, pieces or a resume. Each change is separate; validation and decoding never see any.
@@ -9,40 +9,18 @@ Legend: B clips, N samples at 16 kHz, M mel bins, F frames (10 ms), K masks.
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import soxr
 import torch
 
 from common.audio import CHUNK_SECONDS, DYNAMIC_RANGE, LOG_FLOOR, SAMPLE_RATE, to_pcm
-from common.levels import INAUDIBLE, at_level, level
-from training.sounds import NOISES
 
-NOISY_SHARE = 0.5  # of the clips get noise: the others stay as they were recorded
-NOISE_SPREAD = 30.0  # dB that noise is quieter than the loudest allowed, at most
 # SpecAugment (https://arxiv.org/abs/1904.08779): two masks of each kind. Its frequency masks have
 # up to 27 of 80 bins; its time masks up to 1 s of clips of 12 s, here a share of any clip.
 NUM_MASKS = 2
 FREQUENCY_SHARE = 27 / 80
 TIME_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What a run changes its clips by; nothing by default."""
-
-    speed: float = 0.0  # clips are played at 1 - speed, 1 or 1 + speed
-    gain_db: float = 0.0  # most that a clip is made louder or quieter by
-    noise_db: float = 0.0  # least ratio of clip to noise; 0: no noise
-    spec: bool = False  # masks of features
-
-    @property
-    def changes_waves(self) -> bool:
-        return any((self.speed, self.gain_db, self.noise_db))
-
-
-NO_AUGMENTATION = Augmentation()
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
@@ -65,41 +43,15 @@ def speeds(seconds: np.ndarray, change: float, *, seed: int, epoch: int) -> np.n
     return np.maximum(drawn, np.minimum(seconds / CHUNK_SECONDS, 1.0))
 
 
-def change_wave(
-    pcm: np.ndarray, options: Augmentation, *, speed: float, seed: int, epoch: int, clip: int
-) -> np.ndarray:
-    """A clip int16 (N,) as it is in an epoch: int16, N / speed samples."""
-    rng = generator(seed, "wave", epoch, clip)
-    samples = pcm.astype(np.float32) / 32_768
-    if speed != 1.0:
-        samples = play(samples, speed)
-    if options.gain_db:
-        samples = change_gain(samples, float(rng.uniform(-options.gain_db, options.gain_db)))
-    if options.noise_db:
-        samples = add_noise(samples, rng, options.noise_db)
-    return to_pcm(samples)
-
-
 def play(samples: np.ndarray, speed: float) -> np.ndarray:
-    """Samples (N,) played faster or slower, tempo and pitch together: N / speed samples."""
+    """Int16 (N,) played faster or slower, tempo and pitch together: N / speed samples.
+
+    Resampled as float32: soxr would dither int16, and silence would be silent no more.
+    """
     number = math.ceil(len(samples) / speed)
-    played = soxr.resample(samples, speed * SAMPLE_RATE, SAMPLE_RATE, quality="MQ")
+    wave = samples.astype(np.float32) / 32_768
+    played = to_pcm(soxr.resample(wave, speed * SAMPLE_RATE, SAMPLE_RATE, quality="MQ"))
     return np.pad(played[:number], (0, max(0, number - len(played))))
-
-
-def change_gain(samples: np.ndarray, gain_db: float) -> np.ndarray:
-    """Samples (N,) louder by `gain_db`, or by as much of it as does not clip them."""
-    peak = float(np.abs(samples).max(initial=0.0))
-    return samples * min(10 ** (gain_db / 20), max(1.0, 1 / max(peak, 1e-6)))
-
-
-def add_noise(samples: np.ndarray, rng: np.random.Generator, least_db: float) -> np.ndarray:
-    """Samples (N,), half the time with noise `least_db` or more below their level."""
-    own = float(level(samples))
-    if rng.random() >= NOISY_SHARE or own <= INAUDIBLE:
-        return samples
-    noise = NOISES[rng.integers(len(NOISES))](rng, len(samples) / SAMPLE_RATE)
-    return samples + at_level(noise, own - rng.uniform(least_db, least_db + NOISE_SPREAD))
 
 
 # ------ features

@@ -1,4 +1,4 @@
-"""The rows of an epoch: the clips of the dataset, augmented, then clips without speech."""
+"""The rows of an epoch: the clips of the dataset at their speeds, then clips without speech."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from common.collator import read_samples
 from training import nonspeech
-from training.augment import Augmentation, change_wave
+from training.augment import play
 from training.nonspeech import Nonspeech
 
 
@@ -18,11 +18,9 @@ class EpochClips:
     """A map-style dataset: row i is clip i as it is in this epoch; the rest is without speech."""
 
     dataset: Dataset
-    epoch: int
     seconds: np.ndarray  # (rows,) length of each row in this epoch
     speeds: np.ndarray  # (clips,)
     nonspeech: Sequence[Nonspeech]  # of the rows after the clips
-    augmentation: Augmentation
     seed: int
     prompt_length: int  # tokens of the prompt in labels
 
@@ -37,11 +35,5 @@ class EpochClips:
                 self.nonspeech[index - len(self.dataset)], float(self.seconds[index]),
                 self.dataset, seed=self.seed, prompt_length=self.prompt_length,
             )  # fmt: skip
-        row = self.dataset[index]
-        if not self.augmentation.changes_waves:
-            return row
-        changed = change_wave(
-            read_samples(row), self.augmentation, speed=float(self.speeds[index]),
-            seed=self.seed, epoch=self.epoch, clip=index,
-        )  # fmt: skip
-        return row | {"audio": changed}
+        row, speed = self.dataset[index], float(self.speeds[index])
+        return row if speed == 1.0 else row | {"audio": play(read_samples(row), speed)}

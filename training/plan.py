@@ -28,7 +28,6 @@ from common.collator import EncoderStates, SpeechCollator, load_batches
 from common.labels import PROMPT_LENGTH
 from common.windows import WindowMode
 from training import augment, nonspeech
-from training.augment import NO_AUGMENTATION, Augmentation
 from training.clips import EpochClips
 from training.nonspeech import Nonspeech
 
@@ -79,7 +78,7 @@ class TrainPlan:
     rank: int = 0
     num_processes: int = 1
     windows: np.ndarray | None = None  # (N,) positions of each clip, for cached encoder outputs
-    augmentation: Augmentation = NO_AUGMENTATION
+    speed: float = 0.0  # clips are played at 1 - speed, 1 or 1 + speed
     nospeech_share: float = 0.0  # clips without speech for each clip of the dataset
     prompt_length: int = PROMPT_LENGTH  # tokens of the prompt in labels
 
@@ -89,7 +88,7 @@ class TrainPlan:
 
     def epoch(self, epoch: int) -> Epoch:
         """All steps of an epoch, and its rows."""
-        speeds = augment.speeds(self.seconds, self.augmentation.speed, seed=self.seed, epoch=epoch)
+        speeds = augment.speeds(self.seconds, self.speed, seed=self.seed, epoch=epoch)
         seconds = self.seconds / speeds
         batches = batching.plan(
             seconds,
@@ -99,37 +98,26 @@ class TrainPlan:
             window_mode=self.window_mode,
             windows=self.windows,
         )
-        first = epoch * len(batches)
-        groups = [
-            nonspeech.beside(batch, self.nospeech_share, seed=self.seed, step=first + i)
-            for i, batch in enumerate(batches)
-        ]
-        added = [clip for group in groups for clip in group]
+        first, added, mixed = epoch * len(batches), [], []
+        for i, batch in enumerate(batches):
+            group = nonspeech.beside(batch, self.nospeech_share, seed=self.seed, step=first + i)
+            start = len(seconds) + len(added)
+            rows = range(start, start + len(group))
+            mixed.append(replace(batch, clips=(*batch.clips, *rows)))
+            added += group
         seconds = np.append(seconds, seconds[[clip.partner for clip in added]])
         # Of a clip without speech: its prompt without the start token, and the end token.
         lengths = np.append(self.label_lengths, [self.prompt_length] * len(added)).astype(int)
-        rows = iter(range(len(self.seconds), len(seconds)))
         steps = [
-            self._step(first + i, epoch, batch, [next(rows) for _ in group], seconds, lengths)
-            for i, (batch, group) in enumerate(zip(batches, groups, strict=True))
+            self._step(first + i, epoch, batch, seconds, lengths) for i, batch in enumerate(mixed)
         ]
         return Epoch(steps, seconds, speeds, added)
 
     def _step(
-        self,
-        number: int,
-        epoch: int,
-        batch: GlobalBatch,
-        added: list[int],
-        seconds: np.ndarray,
-        lengths: np.ndarray,
+        self, number: int, epoch: int, batch: GlobalBatch, seconds: np.ndarray, lengths: np.ndarray
     ) -> Step:
-        """A step of a batch and of the rows without speech that are added to it.
-
-        Args:
-            seconds, lengths: (rows,) length and label tokens of each row of the epoch.
-        """
-        speech, batch = batch.clips, replace(batch, clips=(*batch.clips, *added))
+        """Args: seconds, lengths: (rows,) length and label tokens of each row of the epoch."""
+        speech = tuple(clip for clip in batch.clips if clip < len(self.seconds))
         pieces = batching.micro_batches(
             batch,
             rank=self.rank,
@@ -159,10 +147,10 @@ def load_steps(
         steps = [step for step in drawn.steps if first <= step.number < total]
         pieces = [piece for step in steps for piece in step.pieces]
         rows = dataset
-        if drawn.nonspeech or plan.augmentation.changes_waves:
+        if drawn.nonspeech or plan.speed:
             rows = EpochClips(
-                dataset, epoch, drawn.seconds, drawn.speeds, drawn.nonspeech, plan.augmentation,
-                plan.seed, plan.prompt_length,
+                dataset, drawn.seconds, drawn.speeds, drawn.nonspeech, plan.seed,
+                plan.prompt_length,
             )  # fmt: skip
         loader = iter(load_batches(rows, pieces, collate, num_workers=num_workers, cache=cache))
         for step in steps:

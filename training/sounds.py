@@ -127,7 +127,6 @@ def rustle(rng: np.random.Generator, seconds: float) -> np.ndarray:
     return _at_drawn_level(rng, envelope * noise) + dither(rng, seconds)
 
 
-NOISES: tuple[Sound, ...] = (brown_noise, blue_noise, band_noise, swelling_noise)
 KINDS: dict[str, Sound] = {
     "dither": dither,
     "brown noise": brown_noise,

@@ -7,14 +7,15 @@ import launch
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 import eval_wer
 import train_lora
-from common import cli, predictions, provenance, whisper
+from common import cli, labels, predictions, provenance, whisper
 from common.prepared import load_prepared
-from evaluation import report
+from evaluation import report, systems
 from evaluation.scores import worst_clips
 
 
@@ -373,6 +374,26 @@ def test_an_adapter_that_changes_nothing_is_scored_with_a_warning(options, tmp_p
     assert f"warning: {folder}: the adapter changes nothing" in shown
     assert "changes nothing" in result["adapter"]["warning"] and result["base"]["warning"] == ""
     assert "changes nothing" in read(options, "report.html")
+
+
+def test_only_a_model_trained_on_empty_texts_may_write_nothing(ending, options, tmp_path):
+    """Checkpoints of Whisper forbid their decoding to end before the first word."""
+    copy = launch.Path(shutil.copytree(options["adapter"], tmp_path / "other"))
+    made = json.loads((copy / "recipe.json").read_text())
+    tokenizer, forbidden = labels.load_tokenizer(ending["model"]), {}
+    for share in (0.0, 0.1):
+        made["config"]["nospeech_share"] = share
+        (copy / "recipe.json").write_text(json.dumps(made))
+        for name, adapter in (("base", ""), ("adapter", str(copy))):
+            system = systems.load_system(
+                ending["model"], adapter, tokenizer, Accelerator(cpu=True), window_mode="auto",
+                dtype=torch.float32,
+            )  # fmt: skip
+            first = system.model.generation_config.begin_suppress_tokens
+            forbidden[name, share] = tiny.END in first
+    assert forbidden == {
+        ("base", 0.0): True, ("adapter", 0.0): True, ("base", 0.1): True, ("adapter", 0.1): False
+    }  # fmt: skip
 
 
 def test_a_recipe_of_another_program_is_no_record_and_a_damaged_one_is_refused(tmp_path):

@@ -8,22 +8,21 @@ import tiny
 import torch
 
 from common import audio, labels, levels
+from common.collator import read_samples
 from common.prepared import column, label_lengths, load_prepared
 from common.whisper import mel_filters
 from common.windows import positions
 from evaluation import nonspeech as panel
 from training import augment, nonspeech, sounds
-from training.augment import Augmentation
 from training.clips import EpochClips
 from training.plan import TrainPlan
 
-ALL = Augmentation(speed=0.1, gain_db=6.0, noise_db=10.0, spec=True)
 SECONDS = np.random.default_rng(0).uniform(1.0, 12.0, 203)
 
 
 def plan(**more):
     lengths = np.random.default_rng(1).integers(5, 90, len(SECONDS))
-    options = {"augmentation": ALL, "nospeech_share": 0.15} | more
+    options = {"speed": 0.1, "nospeech_share": 0.15} | more
     options = {"max_batch_seconds": 30.0} | options
     return TrainPlan(SECONDS, lengths, 8, 3, "auto", **options)
 
@@ -74,7 +73,7 @@ def test_what_is_drawn_depends_on_no_number_of_processes_and_no_cut(epochs):
 
 
 def test_nothing_is_drawn_where_nothing_is_asked_for():
-    epoch = plan(augmentation=Augmentation(), nospeech_share=0.0).epoch(0)
+    epoch = plan(speed=0.0, nospeech_share=0.0).epoch(0)
     assert not epoch.nonspeech
     assert np.array_equal(epoch.seconds, SECONDS)
     assert all(step.speech == step.batch.clips for step in epoch.steps)
@@ -88,20 +87,20 @@ def split(prepared):
     return load_prepared(str(prepared))[0]["train"]
 
 
-def epoch_clips(split, options, epoch=1, share=0.5):
+def epoch_clips(split, speed, epoch=1):
     own = TrainPlan(
         column(split, "seconds"), label_lengths(split) - 1, 4, 3, "auto", 30.0,
-        augmentation=options, nospeech_share=share,
+        speed=speed, nospeech_share=0.5,
     )  # fmt: skip
     drawn = own.epoch(epoch)
     clips = (drawn.seconds, drawn.speeds, drawn.nonspeech)
-    return drawn, EpochClips(split, epoch, *clips, options, 3, labels.PROMPT_LENGTH)
+    return drawn, EpochClips(split, *clips, 3, labels.PROMPT_LENGTH)
 
 
 def test_the_label_of_a_clip_without_speech_is_the_prompt_and_the_end(split, checkpoint):
     tokenizer = labels.load_tokenizer(str(checkpoint), "mr")
     empty = labels.make_labels(tokenizer, "", "mr", "transcribe")
-    drawn, rows = epoch_clips(split, Augmentation())
+    drawn, rows = epoch_clips(split, 0.0)
     assert len(drawn.nonspeech) > 5
     for step in drawn.steps:
         tokens = sum(len(rows[clip]["labels"]) - 1 for clip in step.batch.clips)
@@ -122,23 +121,23 @@ def test_clips_without_speech_are_pauses_of_the_corpus_too(split, monkeypatch):
     assert np.abs(drawn).max() <= 9
 
 
-def test_a_clip_is_changed_anew_in_each_epoch_and_the_same_in_one(split):
-    first, again, later = (epoch_clips(split, ALL, epoch)[1] for epoch in (1, 1, 2))
-    same = [np.array_equal(first[clip]["audio"], again[clip]["audio"]) for clip in range(21)]
-    changed = [np.array_equal(first[clip]["audio"], later[clip]["audio"]) for clip in range(21)]
-    assert all(same)
-    assert not any(changed)
-    for options in (Augmentation(), Augmentation(spec=True)):
-        assert epoch_clips(split, options)[1][3] == split[3], "waves are stored as they were"
+def test_a_clip_is_played_anew_in_each_epoch_and_the_same_in_one(split):
+    def lengths(epoch):
+        rows = epoch_clips(split, 0.1, epoch)[1]
+        return [len(read_samples(rows[clip])) for clip in range(21)]
+
+    assert lengths(1) == lengths(1)
+    same = np.mean(np.equal(lengths(1), lengths(2)))
+    assert 0 < same < 0.7, "a third by chance"
+    assert epoch_clips(split, 0.0)[1][3] == split[3], "stored as it was"
 
 
 def test_a_played_clip_has_the_length_that_its_window_is_planned_for(split):
-    drawn, rows = epoch_clips(split, Augmentation(speed=0.1))
+    drawn, rows = epoch_clips(split, 0.1)
     assert set(np.round(drawn.speeds, 6)) == {0.9, 1.0, 1.1}
     for clip in range(len(split)):
         length = len(audio.decode_flac(split[clip]["audio"])) / drawn.speeds[clip]
-        played = rows[clip]["audio"]
-        played = audio.decode_flac(played) if isinstance(played, bytes) else played
+        played = read_samples(rows[clip])
         assert len(played) == pytest.approx(length, abs=1)
         assert len(played) / 16_000 == pytest.approx(drawn.seconds[clip], abs=2 / 16_000)
     long = np.array([29.0, 30.0])
@@ -147,26 +146,12 @@ def test_a_played_clip_has_the_length_that_its_window_is_planned_for(split):
         assert slowed.max() <= 30.0
 
 
-def test_speed_changes_pitch_and_tempo_together():
-    wave = tiny.tone(2.0, pitch=400.0)
+def test_speed_changes_pitch_and_tempo_together_and_leaves_silence_silent():
+    assert not augment.play(np.zeros(16_000, np.int16), 0.9).any()
+    wave = audio.to_pcm(tiny.tone(2.0, pitch=400.0))
     played = augment.play(wave, 1.1)
     spectrum = np.abs(np.fft.rfft(played))
     assert np.argmax(spectrum) * 16_000 / len(played) == pytest.approx(440.0, abs=1)
-
-
-def test_gain_never_clips_and_noise_has_its_distance():
-    wave = 0.5 * np.sin(np.arange(32_000) / 5).astype(np.float32)
-    assert np.abs(augment.change_gain(wave, 20.0)).max() == pytest.approx(1.0)
-    quieter = augment.change_gain(wave, -6.0)
-    assert levels.level(quieter) == pytest.approx(levels.level(wave) - 6.0)
-    ratios = []
-    for seed in range(40):
-        noisy = augment.add_noise(wave, np.random.default_rng(seed), 10.0)
-        if noisy is not wave:
-            ratios.append(float(levels.level(wave) - levels.level(noisy - wave)))
-    assert 10 < len(ratios) < 30, "half the clips"
-    assert min(ratios) > 9.9
-    assert max(ratios) < 40.1
 
 
 # ------ masks of features

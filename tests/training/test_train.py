@@ -265,12 +265,17 @@ def test_a_full_fine_tune_writes_the_language_asked_for_in_stock_transformers(
     options, checkpoint, tmp_path, left_out
 ):
     base = shutil.copytree(checkpoint, tmp_path / "base")
-    (base / "generation_config.json").write_text('{"max_length": 448}')
+    generation = {"max_length": 448, "begin_suppress_tokens": [tiny.END, 30]}
+    (base / "generation_config.json").write_text(json.dumps(generation))
     for name in left_out:
         (base / name).unlink()
-    train(options | {"model": str(base), "tune": "full", "max_steps": 1, "learning_rate": 1e-5})
+    full = {"tune": "full", "max_steps": 1, "learning_rate": 1e-5, "nospeech_share": 0.4}
+    train(options | full | {"model": str(base)})
     saved = f"{options['output_dir']}/model"
     written = json.loads(launch.Path(saved, "generation_config.json").read_text())
+    first = written["begin_suppress_tokens"]
+    assert tiny.END not in first, "it may write nothing"
+    assert (30 in first) == (not left_out)
     assert not written.get("_from_model_config"), "transformers would leave its entries out"
     stock = WhisperForConditionalGeneration.from_pretrained(saved, dtype=torch.float32).eval()
     features = WhisperFeatureExtractor.from_pretrained(saved)(
