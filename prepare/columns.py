@@ -14,6 +14,8 @@ TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription")
 SPEAKER_COLUMNS = ("speaker", "speakerid", "clientid", "spk", "spkid", "speakername")
 LANGUAGE_COLUMNS = ("language", "lang", "locale", "languagecode", "langcode")
 SPLIT_COLUMNS = ("split",)
+# Read where they name a split; elsewhere they are of size, source or the like.
+OTHER_SPLIT_COLUMNS = ("subset", "partition", "set", "dataset", "fold", "datasplit", "splitname")
 # Not `channels`, which is usually their number.
 CHANNEL_COLUMNS = ("channel", "channelid", "channelindex", "channelnumber", "audiochannel", "ch")
 

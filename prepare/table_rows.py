@@ -43,6 +43,9 @@ def read(source_tables: tuple[Table, ...], root: Path, form: str) -> Iterator[Ro
         names = [name for name in columns.TEXT_COLUMNS if columns.as_text(first.get(name))]
         if len(names) > 1:
             print(f"{table.path}: texts are taken from {names[0]}, not from {', '.join(names[1:])}")
+        other = _other_split_column(first)
+        if other and not table.split and not first.keys() & set(columns.SPLIT_COLUMNS):
+            print(f"{table.path}: no column is named split: splits are taken from {other}")
     channels = _number_channels(source_tables, form)
     real_root = os.path.realpath(root)
     for table in source_tables:
@@ -148,9 +151,16 @@ def _with_split(row: Row, record: Record, form: str, root: Path) -> Row:
     name = columns.cell(record, columns.SPLIT_COLUMNS, columns.MISSING_ID)
     if name and name.lower() not in SPLIT_NAMES:
         return replace(row, problem=UNKNOWN_SPLIT, detail=name)
+    name = name or columns.as_text(record.get(_other_split_column(record)))
     if name or form != AUDIOFOLDER:
         return replace(row, split=SPLIT_NAMES.get(name.lower(), ""))
     return replace(row, split=split_from_folders(Path(row.path), root))
+
+
+def _other_split_column(record: Record) -> str:
+    """The column that names a split and is not called split, or `""`."""
+    cells = ((name, columns.as_text(record.get(name))) for name in columns.OTHER_SPLIT_COLUMNS)
+    return next((name for name, cell in cells if cell.lower() in SPLIT_NAMES), "")
 
 
 def _audio_path(record: Record, table: Table) -> str:

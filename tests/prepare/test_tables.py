@@ -87,6 +87,11 @@ def test_the_separator_that_a_spreadsheet_names_is_taken(tmp_path):
     assert texts(write(tmp_path / "m.csv", "sep=;\r\npath;text\r\na.wav;x, y\r\n")) == ["x, y"]
 
 
+def test_a_quote_behind_a_space_is_a_quote(tmp_path):
+    content = 'path, text\na.wav, "one, two"\nb.wav, "three"\nc.wav, four "five"\n'
+    assert texts(write(tmp_path / "m.csv", content)) == ["one, two", "three", 'four "five"']
+
+
 def test_a_table_without_a_header_is_refused_with_the_remedy(tmp_path):
     path = write(tmp_path / "metadata.csv", "LJ001|one|one\nLJ002|two|two\n")
     with pytest.raises(UserError, match=r"lacks an audio path .* write a first line that names"):
@@ -285,6 +290,16 @@ def test_numbers_are_texts_and_names(tmp_path):
 @pytest.mark.parametrize("value", [0, True])
 def test_a_split_that_is_a_number_is_an_unknown_split(tmp_path, value):
     assert row_of(tmp_path, split=value).problem == "unknown split"
+
+
+@pytest.mark.parametrize("column", ["subset", "Partition", "set", "data_split"])
+def test_splits_in_a_column_of_another_name_are_kept(tmp_path, capsys, column):
+    assert row_of(tmp_path, **{column: "Test"}).split == "test"
+    assert "no column is named split" in capsys.readouterr().out
+    assert row_of(tmp_path, split="dev", **{column: "train"}).split == "validation"
+    row = row_of(tmp_path, **{column: "XL"})
+    assert (row.split, row.problem) == ("", "")
+    assert "split" not in capsys.readouterr().out
 
 
 def test_which_of_several_columns_of_texts_is_taken_is_said(tmp_path, capsys):
