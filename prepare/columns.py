@@ -7,6 +7,7 @@ Names are compared without case, spaces and punctuation: `Audio Path` and `audio
 import functools
 import math
 import re
+import unicodedata
 from typing import Any
 
 PATH_COLUMNS = ("path", "audio", "filename", "audiopath", "audiofilepath", "audiofile", "file")
@@ -62,6 +63,11 @@ def cell(record: dict[str, Any], names: tuple[str, ...], missing: tuple[str, ...
     """The first of the named cells that is neither empty nor in `missing`, as stripped text."""
     texts = (as_text(record.get(name)) for name in names)
     return next((text for text in texts if text and text not in missing), "")
+
+
+def speaker(record: dict[str, Any]) -> str:
+    """A row's speaker, or `""`; composed, so that both spellings of an accent are one speaker."""
+    return unicodedata.normalize("NFC", cell(record, SPEAKER_COLUMNS, MISSING_ID))
 
 
 def as_text(value: Any) -> str:

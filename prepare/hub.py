@@ -10,7 +10,7 @@ from common.cli import UserError, first_line
 from prepare import columns
 from prepare.reading import encode_wav
 from prepare.reasons import MALFORMED_ROW, NO_TEXT, OUTSIDE_SOURCE
-from prepare.rows import SPLIT_NAMES, Row, is_inside
+from prepare.rows import Row, is_inside, split_of
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,6 @@ def _used_splits(source: HubSource, names: list[str]) -> dict[str, str]:
     return used
 
 
-def split_of(name: str) -> str:
-    """train for `train`, `train.clean.100` and `train-other`; `""` for `other`."""
-    first_word = name.lower().replace("-", ".").replace("_", ".").split(".")[0]
-    return SPLIT_NAMES.get(first_word, "")
-
-
 def _check_columns(source: HubSource, dataset: Any) -> str:
     """The name of the text column; raises UserError if it or the audio column is missing."""
     names = list(dataset.features or next(iter(dataset.take(1)), {}))
@@ -199,7 +193,7 @@ def _row(
         audio=audio.get("bytes") or b"",
         text=text,
         split=split,
-        speaker=columns.cell(cells, columns.SPEAKER_COLUMNS, columns.MISSING_ID),
+        speaker=columns.speaker(cells),
         language=columns.cell(cells, columns.LANGUAGE_COLUMNS, columns.MISSING_ID),
         problem=NO_TEXT if no_text else "",
         detail=no_text,

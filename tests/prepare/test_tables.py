@@ -281,6 +281,11 @@ def test_a_text_that_is_none_is_a_problem_of_its_row(tmp_path, value):
     assert row.problem == "empty text" and "text is not a text" in row.detail
 
 
+def test_the_spellings_of_an_accent_are_one_speaker(tmp_path):
+    names = {row_of(tmp_path, speaker=name).speaker for name in ("Jos\u00e9", "Jose\u0301")}
+    assert names == {"Jos\u00e9"}
+
+
 def test_numbers_are_texts_and_names(tmp_path):
     row = row_of(tmp_path, text=1984, speaker=7.0, split="train")
     assert (row.text, row.speaker) == ("1984", "7")
