@@ -360,6 +360,8 @@ SAMPLES = [round(0.3 * float(np.sin(i / 5)), 4) for i in range(4_000)]
     ("audio", "channels"),
     [
         ({"array": SAMPLES, "path": "a.wav", "sampling_rate": 8_000}, 1),
+        ({"array": SAMPLES, "path": "a.wav", "sampling_rate": 8_000.0}, 1),
+        ({"array": SAMPLES, "sample_rate": 8_000}, 1),
         ({"array": [SAMPLES, SAMPLES], "path": "a.wav", "sampling_rate": 8_000}, 2),
         ({"array": [round(32_768 * sample) for sample in SAMPLES], "sampling_rate": 8_000}, 1),
     ],
