@@ -176,6 +176,7 @@ def load_model(
         config.model, dtype=held_dtype(config), quantize=config.quantize, device=device
     )
     whisper.complete_generation_config(base, tokenizer)
+    whisper.drop_unused_flags(base)
     set_seed(config.seed)  # of the adapter's first weights
     return trainable_model(config, base)
 
