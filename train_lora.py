@@ -205,6 +205,7 @@ def load_model(
     whisper.complete_generation_config(base, tokenizer)
     if config.nospeech_share:
         whisper.allow_empty_text(base)
+    whisper.drop_unused_flags(base)
     set_seed(config.seed)  # of the adapter's first weights
     return trainable_model(config, base)
 

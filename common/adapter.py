@@ -108,14 +108,20 @@ def _read_adapter(adapter: str, option: str = "--adapter") -> dict[str, torch.Te
 
 
 def changes_nothing(adapter: str) -> bool:
-    """Whether a LoRA adapter has only zeros on one side of its products, as before any step."""
+    """Whether a LoRA adapter has only zeros on one side of its products, as before any step.
+
+    Or whether its products are scaled by an alpha of 0.
+    """
     tensors = _read_adapter(adapter)
     sides = {
         side: [tensor for name, tensor in tensors.items() if f"lora_{side}" in name]
         for side in "AB"
     }
     is_plain = sum(map(len, sides.values())) == len(tensors) > 0
-    return is_plain and any(not any(map(torch.any, side)) for side in sides.values())
+    config = PeftConfig.from_pretrained(adapter)
+    alphas = {getattr(config, "lora_alpha", 1), *getattr(config, "alpha_pattern", {}).values()}
+    is_zero = any(not any(map(torch.any, side)) for side in sides.values())
+    return is_plain and (is_zero or alphas == {0})
 
 
 def _misfit(error: Exception) -> str:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -73,6 +74,7 @@ def first_line(error: BaseException) -> str:
 
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or largest file (ulimit, FAT)
+usual_thread_hook = threading.excepthook
 BOOLEANS = {"true": True, "false": False}
 
 registry = tyro.constructors.ConstructorRegistry()
@@ -215,6 +217,7 @@ def run_commands(commands: dict[str, Callable[[list[str]], None]], about: str) -
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
+    threading.excepthook = _report_thread_error
     try:
         yield
     except UserError as error:
@@ -225,6 +228,12 @@ def _one_line_errors() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             _fail(f"{error.filename} cannot be written ({error.strerror}): give another place")
         raise
+
+
+def _report_thread_error(args: Any) -> None:
+    """Report what ended a thread, but not a full disk: whoever waits for the thread raises it."""
+    if not _is_disk_full(args.exc_value):
+        usual_thread_hook(args)
 
 
 def _fail(message: str, *, alone: bool = False) -> None:

@@ -56,6 +56,19 @@ NAMES = {
     "te reo maori": "mi",
     "euskara": "eu",
     "haitian kreyol": "ht",
+    # Their own names, without accents; Deutsch would be taken for a misspelt dutch.
+    "deutsch": "de",
+    "francais": "fr",
+    "espanol": "es",
+    "italiano": "it",
+    "portugues": "pt",
+    "nederlands": "nl",
+    "svenska": "sv",
+    "dansk": "da",
+    "norsk": "no",
+    "suomi": "fi",
+    "polski": "pl",
+    "turkce": "tr",
 }
 # Sinitic languages as subtags of zh; zh-HK of Common Voice and yue_hant_hk of FLEURS are Cantonese.
 CANTONESE = ("yue", "hk", "mo")
@@ -68,13 +81,15 @@ bn: or ory ori odia oriya sat santali mni manipuri meitei syl sylheti rkt
 as: brx bodo
 hi: mai maithili bho bhojpuri awa awadhi mag magahi hne chhattisgarhi raj rajasthani bgc haryanvi
     doi dogri
+ne: new newar newari
 mr: kok gom konkani
 pa: pnb skr saraiki
 kn: tcy tulu
 ur: ks kas kashmiri
 si: dv div dhivehi
 fa: ku kur kurdish kmr kurmanji ckb sorani prs dari os oss ossetian bal balochi glk mzn
-uz: ug uig uyghur uighur
+az: azb
+uz: uzs ug uig uyghur uighur
 kk: ky kir kyrgyz kirghiz kaa karakalpak sah yakut tyv tuvan alt
 tt: cv chv chuvash
 tr: crh gag gagauz
@@ -85,7 +100,7 @@ nl: fy fry frisian li lim limburgish
 de: gsw nds bar ksh
 it: rm roh romansh sc srd sardinian scn sicilian vec venetian lij nap pms fur friulian co cos
     corsican eo epo esperanto ia ina interlingua
-es: ast asturian an arg aragonese lad ladino qu que quechua ay aym aymara gn grn guarani nah
+es: ast asturian an arg aragonese lad ladino qu que quz quy quechua ay aym aymara gn grn guarani nah
     nahuatl
 fr: wa wln walloon
 pt: mwl kea
@@ -96,10 +111,11 @@ sr: sh hbs cnr montenegrin
 fi: se sme sami vep veps krl karelian mdf moksha myv erzya mhr mrj mari udm udmurt kv kpv komi
 et: vro voro
 lv: ltg latgalian
-sw: lg lug luganda ganda rw kin kinyarwanda rn run kirundi rundi kik kikuyu ki kam kamba luo
+sw: swc lg lug luganda ganda rw kin kinyarwanda rn run kirundi rundi kik kikuyu ki kam kamba luo
     dholuo guz bem bemba
 sn: zu zul zulu isizulu xh xho xhosa isixhosa st sot sesotho sotho tn tsn setswana tswana nso
     sepedi ss ssw swati ts tso tsonga ve ven venda nr ndebele ny nya chichewa nyanja chewa
+    tum tumbuka loz lozi
 ln: kg kon kikongo kongo lua tshiluba luba
 yo: ig ibo igbo tw twi ak aka akan fat fante ee ewe bm bam bambara dyu dioula wo wol wolof
 ha: ff ful fuv fula fulah fulani fulfulde kr kanuri
@@ -167,8 +183,9 @@ def find_relative(name: str) -> str:
     code, *subtags = re.split("[-_]", plain)
     if code == "zh":
         return "zh" if any(subtag in OTHER_SINITIC for subtag in subtags) else ""
-    last_word = plain.split(" ")[-1]  # Scottish Gaelic, Central Kurdish
-    return next((RELATED[key] for key in (plain, code, last_word) if key in RELATED), "")
+    last_word = plain.split(" ")[-1]  # Scottish Gaelic, Central Kurdish, Egyptian Arabic
+    known = RELATED | TO_LANGUAGE_CODE if last_word != plain else RELATED
+    return next((known[key] for key in (plain, code, last_word) if key in known), "")
 
 
 def advice(name: str) -> str:

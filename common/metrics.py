@@ -30,7 +30,8 @@ DOTLESS = str.maketrans({"I": "ı", "İ": "i"})  # Turkish and Azeri, by Unicode
 # conjunct, and ZWNJ between Arabic letters, where it parts what a word is made of (Persian).
 JOINERS = r"[\u200c\u200d](?=\p{ccc=9})|(?<=\p{ccc=9})[\u200c\u200d]"
 PERSIAN = r"(?<=[\p{Arabic}\p{M}])\u200c(?=\p{Arabic})"
-UNHEARD = regex.compile(rf"(?!{JOINERS}|{PERSIAN})\p{{Default_Ignorable_Code_Point}}")
+# Tatweel only stretches the line between two Arabic letters.
+UNHEARD = regex.compile(rf"(?!{JOINERS}|{PERSIAN})\p{{Default_Ignorable_Code_Point}}|\u0640")
 
 # Chinese writes Han alone; Japanese is told by any kana among it.
 SCRIPTS = {
@@ -90,7 +91,9 @@ def whisper_basic(text: str, language: str = "") -> str:
     >>> whisper_basic("हिंदी"), whisper_basic("İstanbul", "tr")
     ('ह द', 'istanbul')
     """
-    return whisper_openai(text.translate(DOTLESS) if language in TURKIC else text, language)
+    if language in TURKIC:
+        text = unicodedata.normalize("NFC", text).translate(DOTLESS)  # İ may be I and a dot
+    return whisper_openai(text, language)
 
 
 def whisper_openai(text: str, language: str = "") -> str:

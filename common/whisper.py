@@ -42,6 +42,10 @@ NOTHING_RANDOM = {
     "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
 }
+FOR_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+FOR_BEAMS = ("early_stopping", "length_penalty")
 BASE_PROBE_SIZE = 8  # weights kept beside an adapter to know its base again
 BASE_PROBE_TOLERANCE = 0.02  # covers a checkpoint stored in bfloat16
 
@@ -214,6 +218,18 @@ def allow_empty_text(model: WhisperForConditionalGeneration) -> None:
     config = model.generation_config
     first = config.begin_suppress_tokens or []
     config.begin_suppress_tokens = [token for token in first if token != config.eos_token_id]
+
+
+def drop_unused_flags(model: WhisperForConditionalGeneration) -> None:
+    """Remove what the generation config of a checkpoint sets and, as it is set, never uses.
+
+    The library saves no configuration that has such flags.
+    """
+    config = model.generation_config
+    for name in () if config.do_sample else FOR_SAMPLING:
+        setattr(config, name, None)
+    for name in () if (config.num_beams or 1) > 1 else FOR_BEAMS:
+        setattr(config, name, None)
 
 
 # ------ features

@@ -7,6 +7,7 @@ Names are compared without case, spaces and punctuation: `Audio Path` and `audio
 import functools
 import math
 import re
+import unicodedata
 from typing import Any
 
 PATH_COLUMNS = ("path", "audio", "filename", "audiopath", "audiofilepath", "audiofile", "file")
@@ -14,6 +15,8 @@ TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription")
 SPEAKER_COLUMNS = ("speaker", "speakerid", "clientid", "spk", "spkid", "speakername")
 LANGUAGE_COLUMNS = ("language", "lang", "locale", "languagecode", "langcode")
 SPLIT_COLUMNS = ("split",)
+# Read where they name a split; elsewhere they are of size, source or the like.
+OTHER_SPLIT_COLUMNS = ("subset", "partition", "set", "dataset", "fold", "datasplit", "splitname")
 # Not `channels`, which is usually their number.
 CHANNEL_COLUMNS = ("channel", "channelid", "channelindex", "channelnumber", "audiochannel", "ch")
 
@@ -23,13 +26,24 @@ MISSING = ("nan", "NaN", "NAN", "<NA>", "NA", "N/A", "#N/A", "None", "NULL")
 MISSING_ID = (*MISSING, "none", "null")
 
 TIME = re.compile(
-    r"(?:audio|segment|seg|clip|utterance|utt|speech|chunk|offset|time|t)?"
-    r"(?:(?P<start>start|begin|offset|onset|xmin|tmin)|(?P<end>end|stop|xmax|tmax)"
+    r"(?:audio|segment|seg|clip|utterance|utt|speech|chunk|offset|time|ts|t"
+    r"|(?P<unread_first>samples?|frames?))?"
+    r"(?:(?P<start>start|begin|beg|offset|onset|xmin|tmin)|(?P<end>end|stop|xmax|tmax)"
     r"|(?P<duration>duration|dur)|(?P<from>from)|(?P<to>to)|(?P<length>length))"
-    r"(?:time|timestamp|offset|position|pos|at|in)?"
+    r"(?:time|timestamp|ts|offset|position|pos|at)?(?:in)?"
     r"(?:(?P<seconds>|s|secs?|seconds?)|(?P<milli>ms|msecs?|millis|milliseconds?)"
-    r"|(?P<unread>samples?|frames?|us|usecs?|microseconds?|ns|nanoseconds?|ticks?|bytes?))"
+    r"|(?P<unread>samples?|frames?|us|usecs?|microseconds?|ns|nanoseconds?|ticks?|bytes?"
+    r"|mins?|minutes?|hours?))"
 )
+# Columns of other names that differ in these alone may be the start and the end of a clip too.
+OPPOSITES = (
+    ("start", "end"), ("start", "stop"), ("begin", "end"), ("beg", "end"), ("from", "to"),
+    ("first", "last"), ("stime", "etime"), ("t0", "t1"), ("t1", "t2"), ("time0", "time1"),
+)  # fmt: skip
+NO_TIME = re.compile("year|month|date|day|char|letter|line|page|token|index|idx|verse|chapter")
+# A column of both times of a clip, such as `[1.5, 3.5]`.
+SPAN = re.compile(r"\w*(?:times?|timestamps?|segment|interval|span|range|bounds|offsets|chunk)")
+BRACKETS = re.compile(r"[\[(]\s*[\d.]+\s*[,;]\s*[\d.]+\s*[\])]")
 SAME_SECONDS = 0.005  # times that differ by less are equal, but rounded differently
 CHANNEL_NUMBER = re.compile(r"(?:ch(?:annel)?[ _-]?)?(\d{1,3})(?:\.0*)?")  # 0, 1.0, ch1, channel 2
 CHANNEL_NAMES = {"left": 0, "l": 0, "a": 0, "right": 1, "r": 1, "b": 1}
@@ -49,6 +63,11 @@ def cell(record: dict[str, Any], names: tuple[str, ...], missing: tuple[str, ...
     """The first of the named cells that is neither empty nor in `missing`, as stripped text."""
     texts = (as_text(record.get(name)) for name in names)
     return next((text for text in texts if text and text not in missing), "")
+
+
+def speaker(record: dict[str, Any]) -> str:
+    """A row's speaker, or `""`; composed, so that both spellings of an accent are one speaker."""
+    return unicodedata.normalize("NFC", cell(record, SPEAKER_COLUMNS, MISSING_ID))
 
 
 def as_text(value: Any) -> str:
@@ -93,7 +112,8 @@ def _time_role(name: str) -> tuple[str, float] | None:
         return None
     roles = ("start", "end", "duration", "from", "to", "length")
     role = next(role for role in roles if match[role] is not None)
-    return role, 0.0 if match["unread"] else 0.001 if match["milli"] else 1.0
+    is_unread = match["unread"] or match["unread_first"]
+    return role, 0.0 if is_unread else 0.001 if match["milli"] else 1.0
 
 
 def is_time(name: str) -> bool:
@@ -161,6 +181,10 @@ def times(record: dict[str, Any]) -> tuple[float | None, float | None]:
             start, end = _agreed(given, "from"), _agreed(given, "to")
         except ValueError:  # of a translation, or of a letter
             return None, None
+    if start is None and end is None:
+        _refuse_other_times(record)
+    if start is None and end is not None and not _has_start(tuple(record)):
+        raise ValueError(f"{given['end'][0][0]} has no start: give start and end in seconds")
     if start is None or end is not None:
         return start, end
     if "duration" in given:
@@ -170,6 +194,54 @@ def times(record: dict[str, Any]) -> tuple[float | None, float | None]:
             f"{given['length'][0][0]} has no unit: name it duration or end, in seconds"
         )
     return start, None
+
+
+@functools.cache
+def _has_start(names: tuple[str, ...]) -> bool:
+    return any((_time_role(name) or ("",))[0] in ("start", "from") for name in names)
+
+
+@functools.cache
+def _other_times(names: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Pairs of columns, and single ones, that by their names may hold times and are not read."""
+    unknown = [name for name in names if not is_known(name) and not NO_TIME.search(name)]
+    pairs = [
+        (name, name.replace(first, last))
+        for name in unknown
+        for first, last in OPPOSITES
+        if first in name and name.replace(first, last) in unknown
+    ]
+    return pairs, [name for name in unknown if SPAN.fullmatch(name)]
+
+
+def _refuse_other_times(record: dict[str, Any]) -> None:
+    """Raise ValueError if columns of other names hold what looks like a clip's start and end."""
+    pairs, spans = _other_times(tuple(record))
+    for first, last in pairs:
+        if _is_span([record[first], record[last]]):
+            raise ValueError(
+                f"{first} and {last} look like the times of a clip: name them start and end, in "
+                "seconds, or leave them out"
+            )
+    for name in spans:
+        value = record[name]
+        times = list(value.values()) if isinstance(value, dict) else value
+        if isinstance(value, str) and BRACKETS.fullmatch(value.strip()):
+            times = re.findall(r"[\d.]+", value)
+        if isinstance(times, list) and len(times) == 2 and _is_span(times):
+            raise ValueError(
+                f"{name} looks like the times of a clip: give them as columns start and end, in "
+                "seconds, or leave it out"
+            )
+
+
+def _is_span(values: list[Any]) -> bool:
+    """Whether two cells are times, the second after the first."""
+    try:
+        first, last = (_seconds("", value) for value in values)
+    except ValueError:
+        return False
+    return first < last
 
 
 def _agreed(given: dict[str, list[tuple[str, float, Any]]], role: str) -> float | None:

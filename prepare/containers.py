@@ -24,12 +24,16 @@ BEGINS = {
     "MP4": re.compile(rb"\0\0\0[\x10-\x80]ftyp[ -~]{4}"),
     "WEBM": re.compile(rb"\x1a\x45\xdf\xa3.{1,8}\x42\x86", re.DOTALL),
     "AMR": re.compile(rb"#!AMR(?:-WB)?\n"),
+    "TTA": re.compile(rb"TTA1[\1-\3]\0"),
+    "W64": re.compile(rb"riff\x2e\x91\xcf\x11\xa5\xd6"),
     "WMA": re.compile(rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\0\xaa\0\x62\xce\x6c"),
 }
 CODECS = {"WEBM": ("MP3", "FLAC"), "MP4": ("MP3",)}  # whose headers begin like files of their own
 CODEC_HEADER = 4096  # bytes of the first cluster of a webm in which such a header may be
 MPEG = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb\xf1\xf9]")  # a frame of mp3 or aac
 AAC = re.compile(rb"\xff[\xf1\xf9]")
+AAC_FRAMES = 4  # that follow each other: by chance never
+COMPRESSED = ("MP3", "FLAC", "WEBM", "AMR", "WMA")  # whose bytes are as random ones
 TAG = re.compile(rb"ID3[\x02-\x04]\0[\0\x40\x80][\0-\x7f]{4}")
 WAVE_MP3 = 0x55  # the codec of a wav of mp3 frames
 SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"  # of a webm: all but its header; audio
@@ -48,6 +52,8 @@ def refuse_rest(data: Bytes, container: str, position: int) -> None:
         container: of the first one, a key of BEGINS or another name.
         position: in bytes, where the decoder stopped.
     """
+    if container == "OGG":
+        _refuse_unknown_length(data)
     end = end_of(data, container)
     if end > len(data):
         raise AudioError(
@@ -74,16 +80,31 @@ def _other_files(data: Bytes, container: str, end: int, position: int) -> Iterat
         match = pattern.search(data, first)
         if match:
             yield name, match.start()
+    aac = _find_aac(data, behind_tag) if not end and container in COMPRESSED else -1
+    if aac >= 0:
+        yield "AAC", aac
     if container == "MP3":
-        frames = AAC.match(data, after_tags(data, position))
-        if frames and _go_on(data, frames):
-            yield "AAC", frames.start()
         return
     tag = TAG.search(data, behind_tag)
     for start in (end or position, tag.start() if tag else len(data)):
         frames = MPEG.match(data, after_tags(data, start))
         if frames and _go_on(data, frames):
             yield "MP3 or AAC", frames.start()
+
+
+def _find_aac(data: Bytes, start: int) -> int:
+    """Where frames of aac begin, each of which names its length in 13 bits; -1 if nowhere."""
+    for match in AAC.finditer(data, start):
+        position = match.start()
+        head = data[position : position + 3]  # codec, rate and channels are those of all frames
+        for _ in range(AAC_FRAMES - 1):
+            length = int.from_bytes(data[position + 3 : position + 6], "big") >> 5 & 0x1FFF
+            position += length
+            if data[position : position + 3] != head:
+                break
+        else:
+            return match.start()
+    return -1
 
 
 def _go_on(data: Bytes, sync: re.Match[bytes]) -> bool:
@@ -150,11 +171,42 @@ def _wav_end(data: Bytes) -> int:
 
 
 def _ogg_end(data: Bytes) -> int:
-    """Where the pages end."""
-    end = tag_end(data)
-    while data[end : end + 4] == b"OggS" and end + 27 <= len(data):
-        end = end_of_page(data, end)
-    return min(end, len(data))
+    """Where the pages end: behind the data if the last one is cut off."""
+    return max((end for _, end in _ogg_pages(data)), default=0)
+
+
+def _ogg_pages(data: Bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of the pages of an Ogg file; the end of one that is cut off is too far."""
+    start = tag_end(data)
+    while data[start : start + 4] == b"OggS":
+        is_whole = start + 27 <= len(data)
+        end = end_of_page(data, start) if is_whole else start + 27
+        yield start, end
+        start = end
+
+
+def _refuse_unknown_length(data: Bytes) -> None:
+    """Raise AudioError if a stream of an Ogg file does not say where it ends.
+
+    Decoders take the length from the position on the last page on which a packet ends: 8 bytes, -1
+    for none. Such a page is invalid without one, and before those of earlier pages.
+    """
+    positions: list[list[int]] = []  # of each stream
+    by_serial: dict[bytes, list[int]] = {}
+    for start, _ in _ogg_pages(data):
+        head = data[start : start + 27]
+        serial, num_lengths = head[14:18], head[-1]
+        if head[5] & 2:  # a stream begins
+            by_serial[serial] = []
+            positions.append(by_serial[serial])
+        lengths = data[start + 27 : start + 27 + num_lengths]
+        if lengths.strip(b"\xff") and serial in by_serial:
+            by_serial[serial].append(int.from_bytes(head[6:14], "little", signed=True))
+    if any(own and own[-1] < max(0, *own) for own in positions):
+        raise AudioError(
+            "its last Ogg page does not say where the audio ends: rewrite it with "
+            "ffmpeg -i FILE NEW.flac"
+        )
 
 
 def end_of_page(data: Bytes, start: int) -> int:

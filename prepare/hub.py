@@ -10,7 +10,9 @@ from common.cli import UserError, first_line
 from prepare import columns
 from prepare.reading import encode_wav
 from prepare.reasons import MALFORMED_ROW, NO_TEXT, OUTSIDE_SOURCE
-from prepare.rows import SPLIT_NAMES, Row, is_inside
+from prepare.rows import Row, is_inside, split_of
+
+RATES = ("sampling_rate", "sample_rate")  # beside an array of samples
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,6 @@ def _used_splits(source: HubSource, names: list[str]) -> dict[str, str]:
     return used
 
 
-def split_of(name: str) -> str:
-    """train for `train`, `train.clean.100` and `train-other`; `""` for `other`."""
-    first_word = name.lower().replace("-", ".").replace("_", ".").split(".")[0]
-    return SPLIT_NAMES.get(first_word, "")
-
-
 def _check_columns(source: HubSource, dataset: Any) -> str:
     """The name of the text column; raises UserError if it or the audio column is missing."""
     names = list(dataset.features or next(iter(dataset.take(1)), {}))
@@ -189,7 +185,7 @@ def _row(
     """
     audio = record[source.audio_column]
     if isinstance(audio, list):
-        audio = {"array": audio, "sampling_rate": record.get("sampling_rate")}
+        audio = {name: record.get(name) for name in RATES} | {"array": audio}
     audio = {"bytes": audio} if isinstance(audio, bytes) else audio or {}
     cells = {columns.column_name(key): cell for key, cell in record.items()}
     path = audio.get("path") or ""
@@ -199,7 +195,7 @@ def _row(
         audio=audio.get("bytes") or b"",
         text=text,
         split=split,
-        speaker=columns.cell(cells, columns.SPEAKER_COLUMNS, columns.MISSING_ID),
+        speaker=columns.speaker(cells),
         language=columns.cell(cells, columns.LANGUAGE_COLUMNS, columns.MISSING_ID),
         problem=NO_TEXT if no_text else "",
         detail=no_text,
@@ -217,14 +213,14 @@ def _with_array(source: HubSource, row: Row, audio: dict[str, Any]) -> Row:
     Raises:
         UserError: an array without a sampling rate, which all rows will lack.
     """
-    rate = audio.get("sampling_rate")
-    if not isinstance(rate, int) or rate <= 0:
+    rate = next((audio[name] for name in RATES if audio.get(name)), 0)
+    if not isinstance(rate, int | float) or not 0 < rate == int(rate):
         raise UserError(
             f"--hub_audio_column {source.audio_column}: holds samples without a sampling_rate in "
             f"--source {source.option}: store audio files, or a column sampling_rate"
         )
     try:
-        return replace(row, audio=encode_wav(audio["array"], rate))
+        return replace(row, audio=encode_wav(audio["array"], int(rate)))
     except ValueError as error:
         return replace(row, problem=MALFORMED_ROW, detail=str(error))
 

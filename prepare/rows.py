@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 
@@ -11,7 +12,9 @@ SPLIT_NAMES = {
     "training": "train",
     "test": "test",
     "testing": "test",
-    **dict.fromkeys(("validation", "valid", "validate", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(
+        ("validation", "valid", "validate", "val", "dev", "eval", "evaluation"), "validation"
+    ),
 }
 
 
@@ -45,11 +48,15 @@ class Row:
         return json.dumps(facts, sort_keys=True).encode()
 
 
+def split_of(name: str) -> str:
+    """train for `Train`, `train.clean.100` and `train-other`; `""` for `other`."""
+    return SPLIT_NAMES.get(re.split(r"[-_. ]", name.lower())[0], "")
+
+
 def split_from_folders(path: PurePath, root: PurePath) -> str:
     """The split that the first folder below `root` on the way to `path` is named after, or `""`."""
     folders = path.relative_to(root).parts[:-1] if path.is_relative_to(root) else ()
-    names = (name.lower() for name in folders)
-    return next((SPLIT_NAMES[name] for name in names if name in SPLIT_NAMES), "")
+    return next((split_of(name) for name in folders if split_of(name)), "")
 
 
 def is_inside(path: str, real_root: str) -> bool:

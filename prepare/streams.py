@@ -66,7 +66,7 @@ def has_more(data: bytes | mmap.mmap, container: str, position: int) -> bool:
         AudioError: it is cut off, or goes on in another container.
     """
     refuse_rest(data, container, position)
-    if container in ("OGG", "FLAC", "AIFF", "CAF") and _later_starts(data, container):
+    if container in ("OGG", "FLAC", "AIFF", "CAF", "W64") and _later_starts(data, container):
         return True
     if position >= len(data):
         return False

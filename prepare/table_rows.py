@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from prepare import columns, tables
 from prepare.reasons import MALFORMED_ROW, NO_TEXT, OUTSIDE_SOURCE, UNKNOWN_SPLIT
-from prepare.rows import SPLIT_NAMES, Row, is_inside, split_from_folders
+from prepare.rows import Row, is_inside, split_from_folders, split_of
 from prepare.tables import Record
 
 COMMON_VOICE, MANIFEST, AUDIOFOLDER = "common_voice", "manifest", "audiofolder"
@@ -43,6 +43,9 @@ def read(source_tables: tuple[Table, ...], root: Path, form: str) -> Iterator[Ro
         names = [name for name in columns.TEXT_COLUMNS if columns.as_text(first.get(name))]
         if len(names) > 1:
             print(f"{table.path}: texts are taken from {names[0]}, not from {', '.join(names[1:])}")
+        other = _other_split_column(first)
+        if other and not table.split and not first.keys() & set(columns.SPLIT_COLUMNS):
+            print(f"{table.path}: no column is named split: splits are taken from {other}")
     channels = _number_channels(source_tables, form)
     real_root = os.path.realpath(root)
     for table in source_tables:
@@ -116,7 +119,7 @@ def _row(
         path=str(table.audio_dir / name),
         text=text,
         split=table.split,
-        speaker=columns.cell(record, columns.SPEAKER_COLUMNS, columns.MISSING_ID),
+        speaker=columns.speaker(record),
         language=columns.cell(record, columns.LANGUAGE_COLUMNS, columns.MISSING_ID),
         start_seconds=start or 0.0,
         end_seconds=end,
@@ -146,11 +149,18 @@ def _why_malformed(record: Record, name: str) -> str:
 def _with_split(row: Row, record: Record, form: str, root: Path) -> Row:
     """The row with the split that its column names, or in an audiofolder a folder."""
     name = columns.cell(record, columns.SPLIT_COLUMNS, columns.MISSING_ID)
-    if name and name.lower() not in SPLIT_NAMES:
+    if name and not split_of(name):
         return replace(row, problem=UNKNOWN_SPLIT, detail=name)
+    name = name or columns.as_text(record.get(_other_split_column(record)))
     if name or form != AUDIOFOLDER:
-        return replace(row, split=SPLIT_NAMES.get(name.lower(), ""))
+        return replace(row, split=split_of(name))
     return replace(row, split=split_from_folders(Path(row.path), root))
+
+
+def _other_split_column(record: Record) -> str:
+    """The column that names a split and is not called split, or `""`."""
+    cells = ((name, columns.as_text(record.get(name))) for name in columns.OTHER_SPLIT_COLUMNS)
+    return next((name for name, cell in cells if split_of(cell)), "")
 
 
 def _audio_path(record: Record, table: Table) -> str:

@@ -117,7 +117,7 @@ def _separated_records(file: TextIO, path: Path, quotes_are_text: bool) -> Itera
     if is_tsv:
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.reader(file, delimiter=separator)
+        reader = csv.reader(file, delimiter=separator, skipinitialspace=True)
     is_common_voice = {"clientid", "sentence"} <= set(header)  # a table of it, given as a manifest
     rows = iter(reader)
     while True:

@@ -115,6 +115,33 @@ def test_a_full_disk_or_quota_is_one_line_that_names_the_remedy(
     assert shown.count("\n") == 1 and "free some space" in shown
 
 
+def test_a_thread_that_meets_the_full_disk_adds_no_traceback():
+    """TensorBoard's writer is one: what the thread met is raised where its next line is written."""
+    code = """if True:
+        import dataclasses, errno, sys, threading
+        from common import cli
+
+        @dataclasses.dataclass
+        class Config: pass
+
+        def fail(error):
+            raise error
+
+        def main(config):
+            for error in (OSError(errno.EDQUOT, "quota"), ValueError("another")):
+                thread = threading.Thread(target=fail, args=(error,))
+                thread.start()
+                thread.join()
+            raise OSError(errno.EDQUOT, "quota")
+
+        cli.run(main, Config)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("Traceback") == 1 and "ValueError: another" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the disk is full")
+
+
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", ["script"])

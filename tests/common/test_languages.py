@@ -10,7 +10,7 @@ from common.cli import UserError
 SPELLINGS = (
     "mr=mr Marathi=mr pt-BR=pt iw=he castilian=es eng=en hin=hi mar=mr pes=fa Farsi=fa fas=fa "
     "mo=ro ji=yi in=id swh=sw khm=km nb-NO=no zh-HK=yue yue_hant_hk=yue zh-CN=zh zh-TW=zh cmn=zh "
-    "Māori=mi jv=jw Filipino=tl"
+    "Māori=mi jv=jw Filipino=tl Deutsch=de Français=fr Türkçe=tr"
 )
 
 
@@ -21,7 +21,7 @@ def test_languages_are_understood_as_codes_names_and_locales(name, code):
 
 RELATIVES = (
     "Odia=bn Irish=cy ga-IE=cy Luganda=sw lg=sw ug=uz Uyghur=uz kmr=fa zh-min-nan=zh nan-tw=zh "
-    "Scottish Gaelic=cy Esperanto=it zul=sn"
+    "Scottish Gaelic=cy Esperanto=it zul=sn Egyptian Arabic=ar Swiss German=de azb_Arab=az swc=sw"
 )
 
 

@@ -52,6 +52,7 @@ SAME = [  # language, reference and what differs in nothing that is heard
     ("my", "မင်္ဂလာ ပါ", "မင်္ဂလာပါ"),
     ("he", "\u200fשלום עולם\u200f", "שלום עולם"),
     ("ar", "\u061cسلام\u202a عليكم\u202c", "سلام عليكم"),
+    ("ar", "كـــتاب", "كتاب"),
     ("en", "\ufeffhello co\u00adoperate", "hello cooperate"),
     ("en", "un\u2060able e\u034f\u0301t\u200bé", "unable été"),
     ("en", "good \u2764\ufe0f day", "good day"),
@@ -132,6 +133,7 @@ def test_turkish_capitals_cost_nothing_but_under_openais_own_normaliser():
         basic = metrics.ErrorRate("whisper_basic", languages=languages).compute(**pair)
         assert (basic["wer"], basic["cer"]) == (0.0, 0.0)
         assert metrics.ErrorRate("whisper_openai", languages=languages).compute(**pair)["wer"] > 0
+    assert metrics.whisper_basic("I\u0307zmir", "tr") == "izmir"
     for text in ("İstanbul'da IŞIK", "Ilık, süt!", "हिंदी"):
         assert metrics.whisper_openai(text, "tr") == " ".join(BasicTextNormalizer()(text).split())
         assert metrics.whisper_basic(text, "en") == metrics.whisper_openai(text, "en")

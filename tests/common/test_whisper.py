@@ -225,6 +225,28 @@ def test_sinusoids_that_a_checkpoint_leaves_out_are_computed(checkpoint, tmp_pat
     assert torch.equal(logits(model, inputs), logits(whole, inputs))
 
 
+def test_a_checkpoint_of_flags_that_are_not_used_is_saved_without_them(base, tmp_path):
+    flags = {"temperature": [0.0, 0.2], "top_p": 0.9, "length_penalty": 2.0, "early_stopping": True}
+    base.generation_config.update(**flags)
+    with pytest.raises(ValueError, match="temperature"):
+        base.save_pretrained(tmp_path)
+    whisper.drop_unused_flags(base)
+    base.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert not flags.keys() & saved.keys() and saved["max_length"] == 448
+    base.generation_config.update(do_sample=True, temperature=0.5)
+    whisper.drop_unused_flags(base)
+    assert base.generation_config.temperature == 0.5
+
+
+def test_an_adapter_whose_alpha_is_zero_changes_nothing(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    assert not adapter_files.changes_nothing(str(tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0}))
+    assert adapter_files.changes_nothing(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

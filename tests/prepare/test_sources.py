@@ -189,8 +189,10 @@ def test_an_audiofolder_may_have_metadata_in_each_split(tmp_path):
 def test_folders_below_the_first_level_tell_their_split_too(tmp_path):
     root = tmp_path / "test"  # what lies above the source tells nothing
     names = ["data/train/a.wav", "audio/Dev/s1/b.wav", "x/c.wav", f"{root}/data/test/d.wav"]
+    names += ["train-clean-100/e.wav", "x/test_other/f.wav", "Evaluation/g.wav", "testimony/h.wav"]
     table(root / "metadata.csv", "file_name,text", *(f"{name},x" for name in names))
-    assert [row.split for row in rows(root)] == ["train", "validation", "", "test"]
+    splits = ["train", "validation", "", "test", "train", "test", "validation", ""]
+    assert [row.split for row in rows(root)] == splits
 
 
 def test_metadata_may_lie_at_any_depth_and_be_spelt_in_capitals(tmp_path, capsys):
@@ -334,6 +336,7 @@ def test_a_hub_dataset_that_cannot_be_reached_is_one_line(monkeypatch):
         ("train.clean.100", "train"),
         ("test_other", "test"),
         ("dev-clean", "validation"),
+        ("Test set", "test"),
         ("other", ""),
     ],
 )
@@ -357,6 +360,8 @@ SAMPLES = [round(0.3 * float(np.sin(i / 5)), 4) for i in range(4_000)]
     ("audio", "channels"),
     [
         ({"array": SAMPLES, "path": "a.wav", "sampling_rate": 8_000}, 1),
+        ({"array": SAMPLES, "path": "a.wav", "sampling_rate": 8_000.0}, 1),
+        ({"array": SAMPLES, "sample_rate": 8_000}, 1),
         ({"array": [SAMPLES, SAMPLES], "path": "a.wav", "sampling_rate": 8_000}, 2),
         ({"array": [round(32_768 * sample) for sample in SAMPLES], "sampling_rate": 8_000}, 1),
     ],

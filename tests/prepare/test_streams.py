@@ -285,6 +285,7 @@ MAKERS = {
         b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + variable_mp3(noise(2))
     ),
     "ogg": lambda: VORBIS[0],
+    "opus": lambda: OPUS[0],
     "flac": lambda: FLAC[0],
     "wav": lambda: wav(len(PCM)),
     "aiff": lambda: encoded(noise(2), format="AIFF", subtype="PCM_16"),
@@ -322,8 +323,6 @@ def test_files_of_two_containers_in_one_are_read_whole_or_refused_never_cut(tmp_
             except AudioError as error:
                 is_named = "ffmpeg" in str(error) or "nor PyAV" in str(error)
                 results[second] = "refused" if is_named else str(error)
-    if first in ("bare mp3", "mp3 with a tag in front", "flac", "live webm"):
-        del results["aac"]  # where neither names its length nor its beginning, nothing shows it
     cut = {second: result for second, result in results.items() if result.endswith(" s")}
     assert not cut
 
@@ -355,11 +354,38 @@ def test_flac_in_ogg_is_no_file_of_its_own():
     assert containers.BEGINS["FLAC"].search(b"end of another" + start)
 
 
-@pytest.mark.parametrize("name", ["m4a", "fragments", "webm"])
+@pytest.mark.parametrize("name", ["m4a", "fragments", "webm", "ogg", "opus"])
 def test_a_file_that_is_cut_off_is_refused(name):
     data = made(name)
     with pytest.raises(AudioError, match=r"is cut off|nor PyAV"):
         read_audio(io.BytesIO(data[: len(data) * 2 // 3]))
+
+
+@pytest.mark.parametrize("name", ["ogg", "opus"])
+@pytest.mark.parametrize("position", [-1, 0, 800])
+def test_an_ogg_file_whose_last_page_names_no_end_is_refused(name, position):
+    data = bytearray(made(name))
+    *_, (last, end) = containers._ogg_pages(data)
+    assert end == len(data)
+    data[last + 6 : last + 14] = struct.pack("<q", position)
+    with pytest.raises(AudioError, match="last Ogg page does not say where the audio ends"):
+        read_audio(io.BytesIO(bytes(data)), max_seconds=30.0)
+    with pytest.raises(AudioError, match="last Ogg page"):
+        read_audio(io.BytesIO(bytes(data) + made(name)), max_seconds=30.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "seconds"),
+    [(lambda: encoded(noise(2), format="W64"), "refused"), (lambda: with_av("tta", "tta"), 4.0)],
+)
+def test_joined_files_of_rare_containers_are_read_whole_or_refused(make, seconds):
+    data = make()
+    assert len(read_audio(io.BytesIO(data))) == 2 * SAMPLE_RATE
+    if seconds == "refused":
+        with pytest.raises(AudioError, match="more in it than its W64 header announces"):
+            read_audio(io.BytesIO(data + data))
+    else:
+        assert len(read_audio(io.BytesIO(data + data))) == seconds * SAMPLE_RATE
 
 
 @pytest.mark.parametrize("name", ["m4a", "webm", "wav", "mp3", "flac", "ogg"])

@@ -87,6 +87,11 @@ def test_the_separator_that_a_spreadsheet_names_is_taken(tmp_path):
     assert texts(write(tmp_path / "m.csv", "sep=;\r\npath;text\r\na.wav;x, y\r\n")) == ["x, y"]
 
 
+def test_a_quote_behind_a_space_is_a_quote(tmp_path):
+    content = 'path, text\na.wav, "one, two"\nb.wav, "three"\nc.wav, four "five"\n'
+    assert texts(write(tmp_path / "m.csv", content)) == ["one, two", "three", 'four "five"']
+
+
 def test_a_table_without_a_header_is_refused_with_the_remedy(tmp_path):
     path = write(tmp_path / "metadata.csv", "LJ001|one|one\nLJ002|two|two\n")
     with pytest.raises(UserError, match=r"lacks an audio path .* write a first line that names"):
@@ -276,6 +281,11 @@ def test_a_text_that_is_none_is_a_problem_of_its_row(tmp_path, value):
     assert row.problem == "empty text" and "text is not a text" in row.detail
 
 
+def test_the_spellings_of_an_accent_are_one_speaker(tmp_path):
+    names = {row_of(tmp_path, speaker=name).speaker for name in ("Jos\u00e9", "Jose\u0301")}
+    assert names == {"Jos\u00e9"}
+
+
 def test_numbers_are_texts_and_names(tmp_path):
     row = row_of(tmp_path, text=1984, speaker=7.0, split="train")
     assert (row.text, row.speaker) == ("1984", "7")
@@ -285,6 +295,16 @@ def test_numbers_are_texts_and_names(tmp_path):
 @pytest.mark.parametrize("value", [0, True])
 def test_a_split_that_is_a_number_is_an_unknown_split(tmp_path, value):
     assert row_of(tmp_path, split=value).problem == "unknown split"
+
+
+@pytest.mark.parametrize("column", ["subset", "Partition", "set", "data_split"])
+def test_splits_in_a_column_of_another_name_are_kept(tmp_path, capsys, column):
+    assert row_of(tmp_path, **{column: "Test"}).split == "test"
+    assert "no column is named split" in capsys.readouterr().out
+    assert row_of(tmp_path, split="dev", **{column: "train"}).split == "validation"
+    row = row_of(tmp_path, **{column: "XL"})
+    assert (row.split, row.problem) == ("", "")
+    assert "split" not in capsys.readouterr().out
 
 
 def test_which_of_several_columns_of_texts_is_taken_is_said(tmp_path, capsys):
@@ -335,6 +355,10 @@ def test_a_path_that_windows_wrote_is_found(tmp_path):
         {"xmin": 1.5, "xmax": 3.5},
         {"start": "00:00:01.500", "end": "00:03,5"},
         {"start": 1.5, "start_ms": 1500, "end": 3.5},
+        {"ts_from": 1.5, "ts_to": 3.5},
+        {"start_ts": 1.5, "end_ts": 3.5},
+        {"beg": 1.5, "end": 3.5},
+        {"StartTimeInSeconds": 1.5, "EndTimeInSeconds": 3.5, "vad_start": 9, "vad_end": 10},
     ],
 )
 def test_columns_that_cut_the_audio_are_understood_by_any_name(tmp_path, record):
@@ -352,6 +376,10 @@ def test_columns_that_cut_the_audio_are_understood_by_any_name(tmp_path, record)
         {"from": "hindi", "to": "marathi"},
         {"offset": None, "duration": 2.5},
         {"start": "", "end": ""},
+        {"start_year": 1990, "end_year": 1994, "char_start": 0, "char_end": 5},
+        {"translated_from": "hindi", "translated_to": "marathi", "vad_start": None, "vad_end": 2},
+        {"timestamp": "2024-01-02 10:00", "segment": 7, "interval": [5], "chunk": [1, "x"]},
+        {"time_range": [0, 0], "trim_start": 0, "trim_end": 0},
     ],
 )
 def test_columns_that_only_inform_cut_nothing(tmp_path, record):
@@ -369,6 +397,17 @@ def test_columns_that_only_inform_cut_nothing(tmp_path, record):
         ({"offset": 1, "duration": -1}, "duration is -1"),
         ({"start": True}, "start is True"),
         ({"offset": float("nan"), "duration": 2}, "offset is nan"),
+        ({"frame_offset": 24_000, "num_frames": 32_000}, "frameoffset is not read"),
+        ({"sample_start": 24_000, "sample_end": 56_000}, "samplestart is not read"),
+        ({"start_minutes": 1, "end_minutes": 2}, "startminutes is not read"),
+        ({"end": 3.5}, "end has no start"),
+        ({"t0": 1.5, "t1": 3.5}, "t0 and t1 look like the times of a clip: name them start and"),
+        ({"stime": "1.5", "etime": "3.5"}, "stime and etime look like"),
+        ({"cut_start": 0, "cut_end": 3.5}, "cutstart and cutend look like"),
+        ({"audio_sentence_from": "0:01", "audio_sentence_to": "0:03"}, "from and audiosentenceto"),
+        ({"timestamps": [1.5, 3.5]}, "timestamps looks like the times of a clip: give them as"),
+        ({"segment": {"start": 1.5, "end": 3.5}}, "segment looks like"),
+        ({"interval": "[1.5, 3.5]"}, "interval looks like"),
     ],
 )
 def test_columns_that_cut_the_audio_in_another_way_are_refused_by_name(tmp_path, record, detail):
@@ -383,7 +422,7 @@ def test_names_of_columns_are_compared_without_case_spaces_and_signs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["text", "segment", "intent", "tone", "storage", "stopwords", "into"]
+    "name", ["text", "segment", "intent", "tone", "storage", "stopwords", "into", "begum", "sample"]
 )
 def test_other_columns_are_no_times(name):
     assert columns._time_role(name) is None
