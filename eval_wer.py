@@ -22,7 +22,7 @@ from common.accelerator import close, explain_lost_contact, open_accelerator, sa
 from common.files import write_json
 from common.precision import DTYPES, Precision
 from common.prepared import SPLITS, column, load_prepared
-from common.provenance import describe_run, hub_id
+from common.provenance import describe_run, hub_id, read_record
 from common.windows import DecodeWindowMode
 from evaluation import push
 from evaluation.abilities import measure_abilities
@@ -34,7 +34,7 @@ from evaluation.leakage import describe_leakage
 from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
 from evaluation.scores import Scores, describe_errors, load_clips, score_clips, score_other_window
-from evaluation.systems import load_system, read_record
+from evaluation.systems import load_system
 
 
 @dataclass

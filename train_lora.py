@@ -85,6 +85,7 @@ class Config:
     max_grad_norm: float = 1.0  # maximum norm of the gradient
     # ------ what is trained
     tune: lora.Tune = "lora"  # lora, full (all weights) or encoder_frozen (all but the encoder's)
+    init_adapter: str = ""  # adapter to go on from, with its rank and targets; empty: a new one
     lora_rank: int = 32  # rank of the update
     lora_alpha: int = 64  # the update is scaled by alpha / rank
     lora_targets: str = "q_proj,k_proj,v_proj,out_proj,fc1,fc2"  # layers with an adapter
@@ -139,6 +140,7 @@ def check(config: Config) -> None:
         lora.problems(
             tune=config.tune, targets=config.lora_targets, scope=config.lora_scope,
             quantize=config.quantize, cache_encoder=config.cache_encoder,
+            init_adapter=config.init_adapter,
         )
         + augmentation_problems(config)
         + cli.out_of_range(
@@ -212,6 +214,8 @@ def trainable_model(config: Config, base: WhisperForConditionalGeneration) -> to
     if config.tune != "lora":
         lora.train_all(base, encoder=config.tune == "full")
         return base
+    if config.init_adapter:
+        return lora.continue_lora(base, config.init_adapter, dropout=config.lora_dropout)
     return lora.add_lora(
         base, rank=config.lora_rank, alpha=config.lora_alpha,
         targets=config.lora_targets.split(","), dropout=config.lora_dropout,
@@ -236,6 +240,8 @@ def train(config: Config, stop: Stop) -> Accelerator:
     started = time.perf_counter()
     whisper.quiet_libraries()
     config = replace(config, precision=precision.choose(config.precision))
+    if config.init_adapter:
+        config = replace(config, **lora.shape_of(config.init_adapter))
     accelerator = open_accelerator(
         precision=config.precision, output=Path(config.output_dir),
         timeout_minutes=config.collective_timeout,

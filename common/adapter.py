@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import WhisperForConditionalGeneration
 
 from common.cli import UserError, first_line
+from common.whisper import base_probe, same_base
 
 # PEFT imports bitsandbytes, which advises users of some CPUs to install another package.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -22,8 +24,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 TIED = ("embed_tokens.weight", "proj_out.weight")  # one tensor, a row a token
 
 
-def load_adapter(base: WhisperForConditionalGeneration, adapter: str) -> PeftModel:
+def load_adapter(
+    base: WhisperForConditionalGeneration, adapter: str, option: str = "--adapter"
+) -> PeftModel:
     """Put a saved adapter on its base: a LoRA, or another of PEFT's kinds that change weights.
+
+    Args:
+        option: that names the adapter, for messages.
 
     Raises:
         UserError: no adapter there, one that is not in safetensors, or one of whose tensors not
@@ -35,28 +42,28 @@ def load_adapter(base: WhisperForConditionalGeneration, adapter: str) -> PeftMod
             raise ValueError("its adapter_config.json names no peft_type")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"--adapter {adapter}: no LoRA adapter there ({first_line(error)}): "
+            f"{option} {adapter}: no LoRA adapter there ({first_line(error)}): "
             "give the adapter folder that train_lora.py wrote"
         ) from error
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise UserError(
-            f"--adapter {adapter}: is of the kind {config.peft_type.value}, which is not in the "
+            f"{option} {adapter}: is of the kind {config.peft_type.value}, which is not in the "
             "model's weights: give a LoRA adapter"
         )
-    saved = _read_adapter(adapter)
+    saved = _read_adapter(adapter, option)
     config.inference_mode = True
     try:
         model = PeftModel(base, config)
         loaded = model.load_adapter(adapter, "default", torch_device="cpu")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--adapter {adapter}: does not fit --model {base.name_or_path}: {_misfit(error)}: "
+            f"{option} {adapter}: does not fit --model {base.name_or_path}: {_misfit(error)}: "
             f"give what it was trained on, {config.base_model_name_or_path} as it was in that run"
         ) from error
     foreign, lacking = loaded.unexpected_keys, loaded.missing_keys
     if foreign or lacking:
         raise UserError(
-            f"--adapter {adapter}: {len(foreign)} of its {len(saved)} tensors do not belong to "
+            f"{option} {adapter}: {len(foreign)} of its {len(saved)} tensors do not belong to "
             f"--model {base.name_or_path}, and {len(lacking)} that it should have are missing "
             f"(such as {[*foreign, *lacking][0]}): give the model that it was trained on, and an "
             "adapter that was saved whole, without a wrapper's prefix (module., _orig_mod.)"
@@ -76,25 +83,25 @@ def load_merged(base: WhisperForConditionalGeneration, adapter: str) -> torch.nn
         ) from error
 
 
-def _read_adapter(adapter: str) -> dict[str, torch.Tensor]:
+def _read_adapter(adapter: str, option: str = "--adapter") -> dict[str, torch.Tensor]:
     """The tensors of an adapter's file."""
     file = Path(adapter) / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(
-            f"--adapter {adapter}: has no adapter_model.safetensors, and other files could run "
+            f"{option} {adapter}: has no adapter_model.safetensors, and other files could run "
             "code: give the adapter folder that train_lora.py wrote"
         )
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"--adapter {adapter}: its adapter_model.safetensors is damaged ({first_line(error)}):"
+            f"{option} {adapter}: its adapter_model.safetensors is damaged ({first_line(error)}):"
             " copy it again"
         ) from error
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
-            f"--adapter {adapter}: {len(broken)} of its {len(tensors)} tensors hold values that "
+            f"{option} {adapter}: {len(broken)} of its {len(tensors)} tensors hold values that "
             f"are not finite (such as {broken[0]}): its training diverged: give an earlier one"
         )
     return tensors
@@ -137,6 +144,21 @@ def _untie_adapted(base: WhisperForConditionalGeneration) -> None:
     if isinstance(projection, BaseTunerLayer):
         projection = projection.get_base_layer()
     projection.weight = torch.nn.Parameter(projection.weight.detach().clone(), requires_grad=False)
+
+
+def check_base(
+    adapter: str,
+    record: dict[str, Any],
+    model: str,
+    loaded: WhisperForConditionalGeneration,
+    option: str = "--adapter",
+) -> None:
+    """Refuse an adapter whose own record says that it was trained on another base."""
+    if not same_base(record["base_probe"], base_probe(loaded)):
+        raise UserError(
+            f"{option} {adapter}: was trained on {record['config']['model']}, whose weights are "
+            f"not those of --model {model}: give that base"
+        )
 
 
 def base_of(model: torch.nn.Module) -> WhisperForConditionalGeneration:

@@ -1,12 +1,15 @@
 """What a result was made with: options, library versions and git commit."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+from common.cli import UserError
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 
@@ -20,6 +23,22 @@ def describe_run(config: Any) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "commit": git_commit(),
     }
+
+
+def read_record(folder: str, option: str) -> dict[str, Any] | None:
+    """What train_lora.py wrote beside an adapter or a model; `None` for one trained elsewhere."""
+    file = Path(folder) / "recipe.json"
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{option} {folder}: its recipe.json is damaged ({error}): copy it again, or remove "
+            "it to score at 30 seconds"
+        ) from error
+    is_ours = isinstance(record, dict) and {"base_probe", "window"} <= record.keys()
+    return record if is_ours else None  # written by another program
 
 
 def hub_id(model: str) -> str:

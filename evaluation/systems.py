@@ -1,9 +1,6 @@
 """The systems that are scored: a base or an adapter on it, with the window it was trained for."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +8,8 @@ from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneratio
 
 from common import predictions, whisper
 from common.accelerator import say
-from common.adapter import changes_nothing
-from common.cli import UserError
+from common.adapter import changes_nothing, check_base
+from common.provenance import read_record
 from common.windows import DecodeMargin, DecodeWindowMode, decode_margin, trained_mode
 
 
@@ -65,30 +62,3 @@ def load_system(
         adapter or model, loaded, mode, decode_margin(policy), tokenizer, accelerator,
         batch_seconds, warning,
     )  # fmt: skip
-
-
-def read_record(folder: str, option: str) -> dict[str, Any] | None:
-    """What train_lora.py wrote beside an adapter or a model; `None` for one trained elsewhere."""
-    file = Path(folder) / "recipe.json"
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{option} {folder}: its recipe.json is damaged ({error}): copy it again, or remove "
-            "it to score at 30 seconds"
-        ) from error
-    is_ours = isinstance(record, dict) and {"base_probe", "window"} <= record.keys()
-    return record if is_ours else None  # written by another program
-
-
-def check_base(
-    adapter: str, record: dict[str, Any], model: str, loaded: WhisperForConditionalGeneration
-) -> None:
-    """Refuse an adapter whose own record says that it was trained on another base."""
-    if not whisper.same_base(record["base_probe"], whisper.base_probe(loaded)):
-        raise UserError(
-            f"--adapter {adapter}: was trained on {record['config']['model']}, whose weights are "
-            f"not those of --model {model}: give that base"
-        )

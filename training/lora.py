@@ -11,9 +11,19 @@ from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from common.adapter import check_base, load_adapter
+from common.cli import UserError, first_line
+from common.provenance import read_record
 
 Tune = Literal["lora", "full", "encoder_frozen"]
 
@@ -97,10 +107,7 @@ def add_lora(
 
     The task type stays unset: with SEQ_2_SEQ_LM PEFT passes `input_ids`, which Whisper refuses.
     """
-    if getattr(base, "quantization_method", None) is not None:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-        _keep_trainable_on_cpu(base)
-        _cast_normalised(base)
+    _prepare_quantised(base)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -108,14 +115,68 @@ def add_lora(
         lora_dropout=dropout,
         bias="none",
     )
-    model = get_peft_model(base, config)
+    return _make_trainable(get_peft_model(base, config), dropout)
+
+
+def continue_lora(
+    base: WhisperForConditionalGeneration, adapter: str, *, dropout: float
+) -> PeftModel:
+    """Put a saved adapter on the base and make it trainable, with its own rank and targets.
+
+    Raises:
+        UserError: the adapter does not fit this base, or was trained on other weights.
+    """
+    _prepare_quantised(base)
+    record = read_record(adapter, "--init_adapter")
+    if record:
+        check_base(adapter, record, base.name_or_path, base, "--init_adapter")
+    model = load_adapter(base, adapter, "--init_adapter")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+    return _make_trainable(model, dropout)
+
+
+def shape_of(adapter: str) -> dict[str, Any]:
+    """The options of train_lora.py that a saved LoRA adapter decides by itself.
+
+    Raises:
+        UserError: no adapter there, or one of another kind.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--init_adapter {adapter}: no LoRA adapter there ({first_line(error)}): give the "
+            "adapter folder that train_lora.py wrote"
+        ) from error
+    modules = config.target_modules if isinstance(config, LoraConfig) else ()
+    names = {name.rpartition(".")[2] for name in modules} if not isinstance(modules, str) else set()
+    if not names or not names <= set(LORA_TARGETS):
+        raise UserError(
+            f"--init_adapter {adapter}: is no LoRA on some of {','.join(LORA_TARGETS)}: give one"
+        )
+    targets = ",".join(name for name in LORA_TARGETS if name in names)
+    return {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "lora_targets": targets}
+
+
+def _make_trainable(model: PeftModel, dropout: float) -> PeftModel:
+    """Train an adapter in float32, with one dropout mask per clip and feature."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers if dropout else ():
-        layer.lora_dropout["default"] = FeatureDropout(dropout, layer.in_features)
+    for layer in layers:
+        own = FeatureDropout(dropout, layer.in_features) if dropout else torch.nn.Identity()
+        layer.lora_dropout["default"] = own
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _prepare_quantised(base: WhisperForConditionalGeneration) -> None:
+    """Make a base in 8 or 4 bits ready to be trained through."""
+    if getattr(base, "quantization_method", None) is not None:
+        prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        _keep_trainable_on_cpu(base)
+        _cast_normalised(base)
 
 
 def train_all(base: WhisperForConditionalGeneration, *, encoder: bool) -> None:
@@ -127,7 +188,7 @@ def train_all(base: WhisperForConditionalGeneration, *, encoder: bool) -> None:
 
 
 def problems(
-    *, tune: Tune, targets: str, scope: str, quantize: str, cache_encoder: bool
+    *, tune: Tune, targets: str, scope: str, quantize: str, cache_encoder: bool, init_adapter: str
 ) -> list[tuple[bool, str]]:
     """Rules for `cli.refuse` about what is trained."""
     unknown = [target for target in targets.split(",") if target not in LORA_TARGETS]
@@ -142,6 +203,10 @@ def problems(
             tune != "lora" and quantize != "none",
             f"--tune {tune}: weights in 8 or 4 bits cannot be trained, as --quantize {quantize} "
             "makes them: give --tune lora, or --quantize none",
+        ),
+        (
+            bool(init_adapter) and (tune != "lora" or scope != "all"),
+            f"--init_adapter {init_adapter}: is what is trained: leave out --{option} {trained}",
         ),
         (
             cache_encoder and trained not in ("decoder", "encoder_frozen"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_wer
 import train_lora
-from common import cli, labels, predictions, whisper
+from common import cli, labels, predictions, provenance, whisper
 from common.prepared import load_prepared
 from evaluation import report, systems
 from evaluation.scores import worst_clips
@@ -397,10 +397,10 @@ def test_only_a_model_trained_on_empty_texts_may_write_nothing(ending, options, 
 
 
 def test_a_recipe_of_another_program_is_no_record_and_a_damaged_one_is_refused(tmp_path):
-    assert systems.read_record(str(tmp_path), "--adapter") is None
+    assert provenance.read_record(str(tmp_path), "--adapter") is None
     for content in ("[1]", '{"steps": 3}'):
         (tmp_path / "recipe.json").write_text(content)
-        assert systems.read_record(str(tmp_path), "--adapter") is None
+        assert provenance.read_record(str(tmp_path), "--adapter") is None
     (tmp_path / "recipe.json").write_text('{"window": ')
     with pytest.raises(cli.UserError, match=r"--adapter .*: its recipe\.json is damaged"):
-        systems.read_record(str(tmp_path), "--adapter")
+        provenance.read_record(str(tmp_path), "--adapter")

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from short_run import AUGMENTED, SMALL, records, small_options, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -378,6 +378,32 @@ def test_an_adapter_of_a_part_of_the_model_trains_and_is_scored(options, scope, 
     )  # fmt: skip
     scored = json.loads((tmp_path / "wer" / "wer.json").read_text(encoding="utf-8"))
     assert scored["adapter"]["normalisers"]["raw"]["wer"] > 0
+
+
+def test_a_run_goes_on_from_a_saved_adapter_with_its_own_rank(finished, checkpoint, tmp_path):
+    first = str(launch.Path(finished["output_dir"], "adapter"))
+    more = {"init_adapter": first, "max_steps": 1, "output_dir": str(tmp_path / "more")}
+    own = {name: value for name, value in finished.items() if not name.startswith("lora_")}
+    train(own | more | {"learning_rate": 1e-9})
+    before, after = (load_file(launch.Path(run, "adapter_model.safetensors")) for run in (
+        first, tmp_path / "more" / "adapter"))  # fmt: skip
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-8)
+    used = read_json(own | more, "adapter/recipe.json")["config"]
+    assert (used["lora_rank"], used["lora_alpha"]) == (4, 8), "of the adapter, not the defaults"
+    assert used["init_adapter"] == first
+
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -value for name, value in weights.items()}, other / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(cli.UserError, match=r"--init_adapter .* whose weights are not those of"):
+        train(own | more | {"model": str(other), "output_dir": str(tmp_path / "wrong")})
+    with pytest.raises(cli.UserError, match=r"--init_adapter .*: no LoRA adapter there"):
+        train(own | more | {"init_adapter": str(checkpoint), "output_dir": str(tmp_path / "no")})
+    with pytest.raises(cli.UserError, match=r"--init_adapter .* leave out --lora_scope decoder"):
+        train(own | more | {"lora_scope": "decoder", "output_dir": str(tmp_path / "no")})
 
 
 def test_a_scope_without_meaning_is_refused(options):
