@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from short_run import AUGMENTED
 from simulated_cuda.device import what_is_missing
 from simulated_cuda.models import MODELS
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
@@ -29,7 +31,7 @@ from common import audio, decoding, memory, precision, predictions, whisper
 from common.batching import MicroBatch
 from common.collator import IGNORED, label_positions, load_batches
 from common.prepared import load_prepared
-from training import lora
+from training import augment, lora
 from training.loss import SpeechLoss
 from training.step import batch_loss, split_rows
 
@@ -440,12 +442,16 @@ def test_dropout_masks_are_those_of_the_cpu(device):
         assert 0.03 < (expected == 0).float().mean() < 0.07
 
 
-def test_features_are_those_of_the_cpu(device):
+def test_features_and_their_masks_are_those_of_the_cpu(device):
     filters = whisper.mel_filters(80, torch.device("cpu"))
     waves = tiny.waves(3, 300).float() / 32_768
     expected = audio.log_mel(waves, filters)
-    got = audio.log_mel(waves.to(device), filters.to(device)).cpu()
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    got = audio.log_mel(waves.to(device), filters.to(device))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-3)
+    masks = augment.spec_masks(range(3), np.array([1.0, 3.0, 6.0]), seed=0, step=0)
+    wanted = augment.mask_features(expected, masks)
+    masked = augment.mask_features(got, masks.to(device)).cpu()
+    torch.testing.assert_close(masked, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_batches_are_in_pinned_memory_where_there_is_a_gpu(device, prepared, base):
@@ -475,7 +481,7 @@ def test_a_whole_run_trains_and_scores(device, checkpoint, prepared, tmp_path):
         pytest.skip("train_lora.py takes the GPU")
     config = train_lora.Config(
         model=str(checkpoint), data_dir=str(prepared), output_dir=str(tmp_path / "run"),
-        max_steps=3, global_batch_size=4, num_workers=0, log_every=1, wer_every=2,
+        max_steps=3, global_batch_size=4, num_workers=0, log_every=1, wer_every=2, **AUGMENTED,
     )  # fmt: skip
     began = time.perf_counter()
     train_lora.main(config)

@@ -21,7 +21,7 @@ from common.levels import MIN_PAUSE_SECONDS, lengthen, longest_pause, num_sample
 from training.augment import generator
 from training.sounds import KINDS
 
-PAUSE_SHARE = 0.2  # of the clips without speech are pauses of the corpus; of others, any as many
+PAUSE_SHARE = 0.2  # of clips without speech are pauses; the other kinds are equally frequent
 SEARCHED = 4  # clips at most that a pause is looked for in, before another kind is taken
 
 
