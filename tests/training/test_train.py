@@ -566,7 +566,7 @@ def scripted(monkeypatch):
             validation, "word_error_rates", lambda *given: ({"wer_raw": next(rates)}, {})
         )
         monkeypatch.setattr(validation, "shown_texts", lambda *given: "")
-        monkeypatch.setattr("train_lora.rehearse", lambda *given: None)
+        monkeypatch.setattr("training.run.rehearse", lambda *given: None)
 
     return script
 
