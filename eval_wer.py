@@ -14,27 +14,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common import cli, labels, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.files import write_json
 from common.precision import DTYPES, Precision
-from common.prepared import SPLITS, column, load_prepared
+from common.prepared import SPLITS, load_prepared
 from common.provenance import describe_run, hub_id, read_record
 from common.windows import DecodeWindowMode
-from evaluation import push
+from evaluation import folders, push
 from evaluation.abilities import measure_abilities
 from evaluation.audit import audit, write_audit
 from evaluation.card import write_cards
-from evaluation.folders import folder_rules, name_folders, same_folder, split_folders
 from evaluation.html_report import write_report
 from evaluation.leakage import describe_leakage
 from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
 from evaluation.scores import Scores, describe_errors, load_clips, score_clips, score_other_window
-from evaluation.systems import load_system
+from evaluation.systems import check_languages, load_system
 
 
 @dataclass
@@ -69,41 +67,30 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse impossible options, all of them in one message."""
+    pushes_model = config.push_to_hub and not config.adapter
+    recorded = not pushes_model or read_record(config.model, "--model")
     cli.refuse(
         [
             (
                 config.compare_base and not config.adapter,
                 "--compare_base true needs an adapter to compare: give --adapter",
             ),
-            *folder_rules("--adapter", config.adapter, "give a trained adapter's"),
-            *folder_rules("--also", config.also, "give the output of preprocess.py"),
+            *folders.folder_rules("--adapter", config.adapter, "give a trained adapter's"),
+            *folders.folder_rules("--also", config.also, "give the output of preprocess.py"),
             *(
                 (
-                    same_folder(folder, config.data_dir),
+                    folders.same_folder(folder, config.data_dir),
                     f"--also {folder}: is scored as --data_dir already: leave it out",
                 )
-                for folder in split_folders(config.also)
+                for folder in folders.split_folders(config.also)
             ),
             *cli.out_of_range(config, not_negative=["batch_seconds"]),
-            (
-                bool(config.push_to_hub) and not push.is_repo(config.push_to_hub),
-                f"--push_to_hub {config.push_to_hub}: is no name on the Hub: give OWNER/NAME",
-            ),
-            (
-                bool(config.push_to_hub) and not has_card(config),
-                f"--push_to_hub {config.push_to_hub}: goes with a model card: score all of "
-                "--split test, with --model_card true",
-            ),
-            (
-                bool(config.push_to_hub) and "," in config.adapter,
-                f"--push_to_hub {config.push_to_hub}: takes one adapter: give --adapter one folder",
-            ),
-            (
-                bool(config.push_to_hub)
-                and not config.adapter
-                and read_record(config.model, "--model") is None,
-                f"--push_to_hub {config.push_to_hub}: --model {config.model} has no recipe.json "
-                "of train_lora.py: give --adapter, or a full fine-tune of your own",
+            *push.rules(
+                config.push_to_hub,
+                config.model,
+                config.adapter,
+                has_card=has_card(config),
+                is_recorded=bool(recorded),
             ),
             (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
             (
@@ -114,41 +101,9 @@ def check(config: Config) -> None:
     )
 
 
-def name_adapters(adapter: str) -> dict[str, str]:
-    """The folders of --adapter by the names of their systems.
-
-    >>> name_adapters("run/adapter"), name_adapters("a,b"), name_adapters("")
-    ({'adapter': 'run/adapter'}, {'adapter_1': 'a', 'adapter_2': 'b'}, {})
-    """
-    if "," not in adapter:
-        return {"adapter": adapter} if adapter else {}
-    return {f"adapter_{index}": folder for index, folder in enumerate(split_folders(adapter), 1)}
-
-
 def lacks(data_dir: str, split: str) -> bool:
     """Whether a prepared folder is without a split that others have."""
     return split in SPLITS and split not in load_prepared(data_dir)[0]
-
-
-def check_languages(
-    model: str,
-    data_dir: str,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    option: str = "--data_dir",
-) -> None:
-    """Refuse a model that has no token for a language of the clips.
-
-    Args:
-        option: that names the folder of the clips, for the message.
-    """
-    codes = {str(code) for code in column(dataset, "language")}
-    unknown = sorted(code for code in codes if not labels.has_language(tokenizer, code))
-    if unknown:
-        raise cli.UserError(
-            f"--model {model}: cannot write {', '.join(unknown)}, the language of clips in "
-            f"{option} {data_dir}: give a multilingual model that has it"
-        )
 
 
 def has_card(config: Config) -> bool:
@@ -186,7 +141,7 @@ def load_data(
         say(accelerator, f"{missing}: no scores, only the audit of {config.audit}")
         return None, {}, audited
     scores = load(config.split, config.data_dir, config.split)
-    for name, folder in name_folders(config.also).items():
+    for name, folder in folders.name_folders(config.also).items():
         also[name] = load(f"also {name}", folder, config.split, folder_option="--also")
         also[name].train = None  # no adapter was trained on it
     return scores, also, audited
@@ -216,7 +171,7 @@ def evaluate(config: Config) -> None:
     scores, also, audited = load_data(config, accelerator, tokenizer)
 
     # ------ base and adapters
-    adapters = name_adapters(config.adapter)
+    adapters = folders.name_adapters(config.adapter)
     base = {"base": ""} if config.compare_base or not adapters else {}
     *_, last = systems = base | adapters
     for name, adapter in systems.items() if scores else [(last, systems[last])]:

@@ -11,9 +11,7 @@ checkpoint, on any number of processes and under any engine.
 import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,6 @@ from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneratio
 from common import batching, cli, memory, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.adapter import base_of
-from common.files import write_json
 from common.labels import num_prompt_tokens
 from common.precision import DTYPES, Precision
 from common.predictions import collator_for
@@ -41,16 +38,17 @@ from training.data import Data, load_data
 from training.data import describe as describe_data
 from training.encoder_cache import EncoderCache, load_or_fill
 from training.fit import fit_memory
-from training.journal import Journal, announce, log_rates, open_journal
-from training.meter import Meter, check_norms, explain_not_finite
+from training.journal import announce, log_rates
+from training.meter import check_norms, explain_not_finite
 from training.occasions import Every, criterion, occasions
 from training.output import Output
 from training.plan import TrainPlan, load_steps
+from training.run import Run, finish, start
 from training.schedule import Decay, learning_rate
 from training.sharded import trained_parameters
-from training.step import StepOptions, TrainState, make_state, train_step
+from training.step import StepOptions, make_state, train_step
 from training.stop import Stop, agree, listen
-from training.validation import Validation, evaluate, rehearse
+from training.validation import Validation, evaluate
 
 MAX_SPEED_CHANGE = 0.5  # of --speed: twice as slow is no speech that anybody records
 FULL_RATE = 1e-4  # a higher learning rate is warned of in full fine-tuning
@@ -266,17 +264,17 @@ def train(config: Config, stop: Stop) -> Accelerator:
         Path(config.output_dir) / "checkpoints", identity, accelerator,
         resume=config.resume, changed=config.resume_changed,
     )  # fmt: skip
-    run = build(config, accelerator, data, identity, saved["best"])
+    config, run = build(config, accelerator, data, identity, saved["best"])
     state, output, plan = run.state, run.output, run.plan
     journal, meter = start(run, resumed_from, saved)
     done, reason = saved["step"], ""
-    cache = cache_outputs(run) if config.cache_encoder else None
+    cache = cache_outputs(config, run) if config.cache_encoder else None
     if cache is not None:
         plan = replace(plan, windows=cache.windows)
 
     # ------ the loop
     options = StepOptions(
-        config.seed, config.max_grad_norm, run.config.max_batch_seconds, config.spec_augment
+        config.seed, config.max_grad_norm, config.max_batch_seconds, config.spec_augment
     )
     steps = load_steps(
         plan, data.train, collator_for(base_of(state.model)), first=done,
@@ -327,22 +325,7 @@ def train(config: Config, stop: Stop) -> Accelerator:
     return accelerator
 
 
-# ------ build, resume, finish
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is made of."""
-
-    config: Config  # as used: nothing in it says "auto" any more
-    state: TrainState
-    data: Data
-    validation: Validation | None
-    plan: TrainPlan
-    total_steps: int
-    every: Every
-    output: Output
-    reload: Callable[[], torch.nn.Module]  # loads the model anew, for engines that shard it
+# ------ build
 
 
 def build(
@@ -351,8 +334,10 @@ def build(
     data: Data,
     identity: dict[str, Any],
     best: dict[str, float] | None,
-) -> Run:
+) -> tuple[Config, Run]:
     """Load the model, fit its steps in memory, and say what is about to be trained.
+
+    Returns the options as used, in which nothing says "auto" any more, and the run.
 
     Args:
         identity, best: of the run that is resumed, if one is.
@@ -418,90 +403,12 @@ def build(
     )  # fmt: skip
     if config.tune != "lora" and config.learning_rate > FULL_RATE:
         say(accelerator, f"warning: --learning_rate {config.learning_rate:g} is for LoRA: try 1e-5")
-    return Run(config, state, data, validation, plan, total_steps, every, output, reload)
+    return config, Run(state, data, validation, plan, total_steps, every, output, reload)
 
 
-def start(run: Run, resumed_from: str, saved: dict[str, Any]) -> tuple[Journal, Meter]:
-    """Resume from a checkpoint and make up for its evaluation, or rehearse what may fail later.
-
-    Args:
-        resumed_from, saved: folder ("" for none) and state, as `checkpoint.agree` gives them.
-    """
-    accelerator, done = run.state.accelerator, saved["step"]
-    if accelerator.is_main_process and not resumed_from:
-        shutil.rmtree(run.output.checkpoints, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    journal = open_journal(
-        accelerator, run.output.folder, done=done, total=run.total_steps,
-        evaluated=saved["evaluated"],
-    )  # fmt: skip
-    meter = Meter(torch.zeros((), device=accelerator.device))
-    if not resumed_from:
-        if run.validation is None:
-            say(accelerator, "no validation split: no validation loss, no adapter_best")
-        else:
-            rehearse(run.validation, run.state)
-        return journal, meter
-    outputs.restore(Path(resumed_from), saved, run.state, meter)
-    run.output.without_better = saved.get("without_better", 0)
-    say(accelerator, f"resumed at step {done} from {resumed_from}")
-    due = occasions(done, run.total_steps, run.every)
-    if due.last:
-        outputs.save_model(run.output, run.state, done)
-    if due.evaluate and not saved["evaluated"]:  # stopped before
-        evaluate(due, done, run.validation, run.state, run.output, journal)
-    if run.output.exhausted and not due.last:
-        outputs.save_model(run.output, run.state, done)
-    return journal, meter
-
-
-def finish(
-    run: Run,
-    meter: Meter,
-    journal: Journal,
-    done: int,
-    reason: str,
-    *,
-    started: float,
-    cache: EncoderCache | None,
-) -> None:
-    """Say how a run ended, and write train.json if it is complete.
-
-    Args:
-        done: steps.
-        reason: that it was asked to stop for, if it was.
-        started: by the performance counter.
-    """
-    output, accelerator = run.output, run.state.accelerator
-    if done < run.total_steps and not output.exhausted:
-        saved = f"stopped by {reason} after step {done}, saved"
-        say(accelerator, f"{saved}: run the same command to resume")
-        return
-    ended_by = f"--patience {output.patience}" if output.exhausted else ""
-    if ended_by:
-        say(accelerator, f"ended by {ended_by} after step {done}: no better model since")
-    figures = {
-        "steps": done,
-        "ended_by": ended_by,
-        "wall_seconds": time.perf_counter() - started,
-        "first_step_seconds": meter.first_step_seconds,
-        "encoder_cache_seconds": cache and cache.seconds,
-        "peak_memory_gib": memory.peak_memory_gib(),
-        "processes": accelerator.num_processes,
-        "engine": engine.name(accelerator),
-        "skipped_steps": meter.skipped,
-        "criterion": output.criterion,
-        "best": output.best,
-        "last": journal.last,
-    }
-    if accelerator.is_main_process:
-        write_json(output.folder / "train.json", figures | output.provenance)
-    say(accelerator, f"{output.kind} in {output.folder}, figures in train.json")
-
-
-def cache_outputs(run: Run) -> EncoderCache:
+def cache_outputs(config: Config, run: Run) -> EncoderCache:
     """The outputs of a frozen encoder for all training clips."""
-    config, output = run.config, run.output
+    output = run.output
     identity = {
         "model": config.model,
         "base_probe": output.provenance["base_probe"],

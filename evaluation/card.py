@@ -5,6 +5,7 @@ voices or names of speakers. A README.md that this file did not write, or that w
 kept.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from common.cli import first_line
@@ -99,6 +100,24 @@ def digest_of(text: str) -> str:
 # ------ the card
 
 
+@functools.cache
+def template() -> Template:
+    """card.md.j2, compiled."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(),  # not in Markdown: others' words go through `plain`
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "interval": show_interval, "p_value": show_p, "signed": signed, "plain": plain,
+        "quoted": quoted,
+    }  # fmt: skip
+    return environment.get_template("card.md.j2")
+
+
 def render(
     results: dict[str, Any],
     name: str,
@@ -115,18 +134,6 @@ def render(
         data: preprocess.json of the scored clips.
         folder: name of the adapter's folder.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(),  # not in Markdown: others' words go through `plain`
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "interval": show_interval, "p_value": show_p, "signed": signed, "plain": plain,
-        "quoted": quoted,
-    }  # fmt: skip
     config, systems = results["recipe"]["config"], systems_of(results)
     own, base = systems[name], systems.get("base") if name != "base" else None
     base_id, base_name = name_base(config["model"], record, is_adapter=name != "base")
@@ -144,7 +151,7 @@ def render(
         "dataset": name_dataset(data),
         "license": config.get("license", ""),
     }
-    text = environment.get_template("card.md.j2").render(
+    text = template().render(
         facts,
         metadata=metadata(facts, own, codes, config["split"]),
         config=config,

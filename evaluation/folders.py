@@ -53,5 +53,16 @@ def name_folders(value: str) -> dict[str, str]:
     return names
 
 
+def name_adapters(adapter: str) -> dict[str, str]:
+    """The folders of --adapter by the names of their systems.
+
+    >>> name_adapters("run/adapter"), name_adapters("a,b"), name_adapters("")
+    ({'adapter': 'run/adapter'}, {'adapter_1': 'a', 'adapter_2': 'b'}, {})
+    """
+    if "," not in adapter:
+        return {"adapter": adapter} if adapter else {}
+    return {f"adapter_{index}": folder for index, folder in enumerate(split_folders(adapter), 1)}
+
+
 def _resolved(folder: str) -> Path:
     return Path(folder).expanduser().resolve()

@@ -6,6 +6,7 @@ bytes: neither clocks nor paths of the machine are on it.
 """
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from common.audio import decode_flac
@@ -289,6 +290,20 @@ def panel_of(systems: dict[str, dict[str, Any]], invented: Sequence[Clip]) -> di
 # ------ the page
 
 
+@functools.cache
+def template() -> Template:
+    """report.html.j2, compiled."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"signed": signed, "interval": show_interval, "p_value": show_p}
+    return environment.get_template("report.html.j2")
+
+
 def render(
     results: dict[str, Any],
     clips: Sequence[Clip],
@@ -303,14 +318,6 @@ def render(
         runs: the training records of each adapter, `None` where they cannot be read.
         invented: clips of the panel that got words that nobody spoke, with their audio.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"signed": signed, "interval": show_interval, "p_value": show_p}
     systems, config = systems_of(results), results["recipe"]["config"]
     names = list(systems)
     tables = breakdowns_of(systems)
@@ -326,7 +333,7 @@ def render(
     parts["start"] = 'document.documentElement.className = "js";'  # before the table is laid out
     also = {name: (own, systems_of(own)) for name, own in results.get("also", {}).items()}
     examined = [(config["split"], systems), *((name, own) for name, (_, own) in also.items())]
-    return environment.get_template("report.html.j2").render(
+    return template().render(
         results=results,
         config=config,
         model=Path(config["model"]).name,  # no path of this machine

@@ -42,6 +42,35 @@ def is_repo(name: str) -> bool:
     return re.fullmatch(r"[^/]+/[^/]+", name) is not None
 
 
+def rules(
+    repo: str, model: str, adapter: str, *, has_card: bool, is_recorded: bool
+) -> list[tuple[bool, str]]:
+    """Rules of `cli.refuse` for --push_to_hub; none is broken where it is empty.
+
+    Args:
+        adapter: as --adapter has it.
+        has_card: whether a model card is written.
+        is_recorded: whether the adapter, or else the model, is of train_lora.py.
+    """
+    option = f"--push_to_hub {repo}:"
+    return [
+        (bool(repo) and broken, f"{option} {message}")
+        for broken, message in (
+            (not is_repo(repo), "is no name on the Hub: give OWNER/NAME"),
+            (
+                not has_card,
+                "goes with a model card: score all of --split test, with --model_card true",
+            ),
+            ("," in adapter, "takes one adapter: give --adapter one folder"),
+            (
+                not is_recorded,
+                f"--model {model} has no recipe.json of train_lora.py: give --adapter, or a full "
+                "fine-tune of your own",
+            ),
+        )
+    ]
+
+
 def check_access(repo: str) -> None:
     """Ask the Hub, before hours of decoding, whether it answers and knows the token.
 

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
-from common import predictions, whisper
+from common import labels, predictions, whisper
 from common.accelerator import say
 from common.adapter import changes_nothing, check_base
+from common.cli import UserError
+from common.prepared import column
 from common.provenance import read_record
 from common.windows import DecodeMargin, DecodeWindowMode, decode_margin, trained_mode
 
@@ -25,6 +28,27 @@ class System:
     accelerator: Accelerator
     batch_seconds: float = 0.0  # of window; 0: what fits memory
     warning: str = ""  # what a reader of its score must know
+
+
+def check_languages(
+    model: str,
+    data_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    option: str = "--data_dir",
+) -> None:
+    """Refuse a model that has no token for a language of the clips.
+
+    Args:
+        option: that names the folder of the clips, for the message.
+    """
+    codes = {str(code) for code in column(dataset, "language")}
+    unknown = sorted(code for code in codes if not labels.has_language(tokenizer, code))
+    if unknown:
+        raise UserError(
+            f"--model {model}: cannot write {', '.join(unknown)}, the language of clips in "
+            f"{option} {data_dir}: give a multilingual model that has it"
+        )
 
 
 def load_system(

@@ -1,5 +1,6 @@
 """Fixtures that several rooms share: a tiny checkpoint, a prepared corpus; always offline."""
 
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,11 @@ from transformers import WhisperForConditionalGeneration  # noqa: E402
 
 from common import labels, whisper  # noqa: E402
 from training import lora  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """Keep what imports made out of garbage collections: Accelerate asks for some in each run."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +70,14 @@ def prepared(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("prepared")
     source = tiny.make_corpus(folder / "source", clips={"train": 21, "validation": 5, "test": 7})
     return tiny.prepare(source, checkpoint, folder / "data")
+
+
+@pytest.fixture(scope="session")
+def train_only(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same clips to train on and no others, for tests to which validation adds nothing."""
+    folder = tmp_path_factory.mktemp("train_only")
+    source = tiny.make_corpus(folder / "source", clips={"train": 21})
+    return tiny.prepare(source, checkpoint, folder / "data", validation_fraction=0.0)
 
 
 @pytest.fixture

@@ -45,7 +45,11 @@ def run(
     script: str, options: dict[str, object], *, processes: int = 1, config: str = "cpu"
 ) -> subprocess.CompletedProcess:
     """Run `script --key value ...` to its end; several processes really talk over gloo."""
-    words = command(script, options, processes=processes, config=config)
+    return finish(command(script, options, processes=processes, config=config))
+
+
+def finish(words: list[str]) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
     process = start(words)
     out, err = process.communicate()
     return subprocess.CompletedProcess(words, process.returncode, out, err)

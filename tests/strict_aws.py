@@ -6,6 +6,7 @@ the data must be there, a job stays as it was last set, and it answers what it w
 """
 
 import datetime
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from urllib.request import Request, urlopen
 
 import boto3
 import pytest
+from botocore.loaders import create_loader
 from moto.core.responses import ActionResult
 from moto.sagemaker.exceptions import AWSValidationException, SagemakerClientError
 from moto.sagemaker.responses import SageMakerResponse
@@ -26,6 +28,7 @@ from jobs import aws_model
 ACCOUNT, REGION, BUCKET, ROLE = "123456789012", "us-east-1", "example-bucket", "whisper-training"
 ROLE_ARN = f"arn:aws:iam::{ACCOUNT}:role/{ROLE}"
 IMAGE = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/whisper-lora:latest"
+shared_loader = functools.cache(create_loader)  # else each session reads SageMaker's model anew
 
 
 class QuotaError(SagemakerClientError):
@@ -205,6 +208,7 @@ def strict_aws() -> Iterator[Aws]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", REGION)
+        patch.setattr("botocore.session.create_loader", shared_loader)
         urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
         aws = Aws(boto3.Session(region_name=REGION))
         for name, method in _patches(aws).items():

@@ -110,7 +110,10 @@ def tone(seconds: float, *, pitch: float, seed: int = 0) -> np.ndarray:
 def make_corpus(
     folder: Path, *, clips: dict[str, int], speakers: int = 3, longest: float = 3.0, seed: int = 0
 ) -> Path:
-    """A manifest of tones with random Marathi words: `folder/clips.csv`, split as `clips` says."""
+    """A manifest of tones with random Marathi words: `folder/clips.csv`, split as `clips` says.
+
+    At most one word a second: a model may write as many tokens as the fastest speaker's rate.
+    """
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["path,text,split,speaker"]
@@ -120,7 +123,8 @@ def make_corpus(
             seconds = random.uniform(1.0, longest)
             wave = tone(seconds, pitch=random.uniform(100, 400), seed=int(random.integers(2**31)))
             soundfile.write(folder / name, wave, 16_000)
-            text = " ".join(random.choice(WORDS, size=random.integers(1, 4)))
+            words = random.choice(WORDS, size=random.integers(1, 4))
+            text = " ".join(words[: int(seconds)])
             lines.append(f"{name},{text},{split},{split}{i % speakers}")
     (folder / "clips.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "clips.csv"

@@ -50,7 +50,11 @@ def call_libc(name: str, *arguments: Any) -> None:
 
 
 def read_by_imports(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_BY_IMPORTS)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_BY_IMPORTS) and name != "HF_TOKEN"  # read when it is needed
+    }
 
 
 # ------ in the process that starts commands

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
+from few_sounds import FEW
 from huggingface_hub import ModelCard
 
 import eval_wer
 import train_lora
 from common.prepared import load_prepared, read_record
-from evaluation import card
+from evaluation import card, nonspeech
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_sounds():
+    """A panel of few clips: what it counts is tested in test_nonspeech.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nonspeech, "KINDS", FEW)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,11 @@
 """Evaluation: one corpus score whatever the number of processes, and reports that hide nothing."""
 
+import contextlib
+import functools
+import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import launch
 import pytest
@@ -45,17 +49,36 @@ def ending(checkpoint, tmp_path_factory):
     return {"model": str(folder), "adapter": "", "compare_base": False, "context": "natural"}
 
 
-@pytest.fixture
-def options(checkpoint, prepared, adapter, tmp_path):
+@pytest.fixture(scope="module")
+def shared(checkpoint, prepared, adapter):
+    """Options of base and adapter on the same clips, without a folder."""
     return {
         "model": str(checkpoint),
         "adapter": str(adapter),
         "data_dir": str(prepared),
         "compare_base": True,
-        "output_dir": str(tmp_path / "wer"),
         "num_workers": 0,
         "panels": False,
     }
+
+
+@pytest.fixture
+def options(shared, tmp_path):
+    return shared | {"output_dir": str(tmp_path / "wer")}
+
+
+@pytest.fixture(scope="module")
+def evaluated(shared, tmp_path_factory):
+    """An evaluation with options of its own, made once: its options, wer.json and output."""
+
+    @functools.cache
+    def run(**own):
+        given = shared | own | {"output_dir": str(tmp_path_factory.mktemp("wer") / "wer")}
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            result = evaluate(given)
+        return SimpleNamespace(options=given, result=result, lines=out.getvalue().splitlines())
+
+    return run
 
 
 def evaluate(options):
@@ -77,8 +100,8 @@ def scores(result):
     } | {name: result[name] for name in ("comparisons", "bootstrap")}
 
 
-def test_base_and_adapter_are_scored_on_the_same_clips(options, prepared):
-    result = evaluate(options)
+def test_base_and_adapter_are_scored_on_the_same_clips(evaluated, prepared):
+    result = evaluated().result
     references = load_prepared(str(prepared))[0]["test"]
     words = sum(len(text.split()) for text in references["text"])
     for name in ("base", "adapter"):
@@ -89,12 +112,11 @@ def test_base_and_adapter_are_scored_on_the_same_clips(options, prepared):
         assert len(result[name]["worst"]) == len(references)
     base, tuned = (result[name]["normalisers"]["raw"]["cer"] for name in ("base", "adapter"))
     assert base != tuned
-    assert result["recipe"]["config"]["model"] == options["model"]
+    assert result["recipe"]["config"]["model"] == evaluated().options["model"]
 
 
-def test_every_rate_and_the_difference_have_an_interval_in_wer_json_and_in_print(options, capsys):
-    result = evaluate(options)
-    lines = capsys.readouterr().out.splitlines()
+def test_every_rate_and_the_difference_have_an_interval_in_wer_json_and_in_print(evaluated):
+    result, lines = evaluated().result, evaluated().lines
     for name in ("base", "adapter"):
         for rates in result[name]["normalisers"].values():
             for rate in ("wer", "cer"):
@@ -113,8 +135,8 @@ def test_every_rate_and_the_difference_have_an_interval_in_wer_json_and_in_print
     assert any(line == f"warning: {result['bootstrap']['warning']}" for line in lines)
 
 
-def test_wer_json_says_where_each_system_fails(options, prepared):
-    result = evaluate(options)
+def test_wer_json_says_where_each_system_fails(evaluated, prepared):
+    result = evaluated().result
     test = load_prepared(str(prepared))[0]["test"]
     for name in ("base", "adapter"):
         groups = result[name]["breakdown"]
@@ -128,8 +150,10 @@ def test_wer_json_says_where_each_system_fails(options, prepared):
         assert 0 < sum(row["count"] for row in confused) <= raw["words"]["substitutions"]
 
 
-def test_several_adapters_are_compared_pair_by_pair_in_one_run(options, tmp_path, capsys):
-    alone = evaluate(options)
+def test_several_adapters_are_compared_pair_by_pair_in_one_run(
+    evaluated, options, tmp_path, capsys
+):
+    alone = evaluated().result
     assert alone["adapters"] == {"adapter": options["adapter"]}
     copy = str(shutil.copytree(options["adapter"], tmp_path / "copy"))
     result = evaluate(options | {"adapter": f"{options['adapter']},{copy}"})
@@ -137,20 +161,22 @@ def test_several_adapters_are_compared_pair_by_pair_in_one_run(options, tmp_path
     assert result["base"]["normalisers"] == alone["base"]["normalisers"]
     for name in ("adapter_1", "adapter_2"):
         assert result[name]["normalisers"] == alone["adapter"]["normalisers"]
-    wer = [
-        own for own in result["comparisons"] if (own["normaliser"], own["rate"]) == ("raw", "wer")
-    ]
     pairs = [["base", "adapter_1"], ["base", "adapter_2"], ["adapter_1", "adapter_2"]]
-    assert [own["systems"] for own in wer] == pairs
-    assert [own["distinguishable"] for own in wer] == [True, True, False]
+    for rate in ("wer", "cer"):
+        raw = [
+            own for own in result["comparisons"]
+            if (own["normaliser"], own["rate"]) == ("raw", rate)
+        ]  # fmt: skip
+        assert [own["systems"] for own in raw] == pairs
+    assert [own["distinguishable"] for own in raw] == [True, True, False], "of letters"
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("adapter_2: wer_raw=") for line in lines)
     same = "adapter_2 - adapter_1 +0.0 [0.0, 0.0], p = 1.0000"
     assert any(line.startswith(same) and "not distinguishable on 7 clips" in line for line in lines)
 
 
-def test_the_word_errors_of_the_clips_add_up_to_the_corpus_score(options):
-    result = evaluate(options)
+def test_the_word_errors_of_the_clips_add_up_to_the_corpus_score(evaluated):
+    options, result = evaluated().options, evaluated().result
     rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
     for name in ("base", "adapter"):
         words = result[name]["normalisers"]["raw"]["words"]
@@ -167,14 +193,14 @@ def texts(options, name):
     return [row[name] for row in rows]
 
 
-def test_each_model_is_decoded_at_the_window_it_was_trained_for(options):
-    result = evaluate(options)
+def test_each_model_is_decoded_at_the_window_it_was_trained_for(evaluated):
+    result = evaluated().result
     assert (result["base"]["window"], result["adapter"]["window"]) == ("full", "natural")
-    own = {name: texts(options, name) for name in ("base", "adapter")}
-    found = {}
-    for context in ("natural", "full"):
-        evaluate(options | {"context": context})
-        found[context] = {name: texts(options, name) for name in own}
+    own = {name: texts(evaluated().options, name) for name in ("base", "adapter")}
+    found = {
+        context: {name: texts(evaluated(context=context).options, name) for name in own}
+        for context in ("natural", "full")
+    }
     assert own == {"base": found["full"]["base"], "adapter": found["natural"]["adapter"]}
 
 
@@ -227,45 +253,46 @@ def test_chinese_is_scored_by_letter_where_it_was_transcribed_and_not_where_tran
     assert found["whisper_english"]["words"]["reference_length"] == 3
 
 
-def test_predictions_hold_every_clip_and_both_texts(options, prepared):
-    evaluate(options)
-    rows = [json.loads(line) for line in read(options, "predictions.jsonl").splitlines()]
+def test_predictions_hold_every_clip_and_both_texts(evaluated, prepared):
+    lines = read(evaluated().options, "predictions.jsonl").splitlines()
+    rows = [json.loads(line) for line in lines]
     test = load_prepared(str(prepared))[0]["test"]
     assert [row["id"] for row in rows] == test["id"]
     assert [row["text"] for row in rows] == test["text"]
     assert all({"base", "adapter", "base_hit_cap", "adapter_hit_cap"} <= set(row) for row in rows)
 
 
-@pytest.mark.parametrize("context", ["auto", "natural", "full"])
-def test_the_score_is_bit_equal_for_any_batch_size(options, context):
-    large = scores(evaluate(options | {"context": context}))
-    small = scores(evaluate(options | {"context": context, "batch_seconds": 1.0}))
-    assert small == large
+@pytest.mark.parametrize(
+    "context", [{}, {"context": "natural"}, {"context": "full"}], ids=["auto", "natural", "full"]
+)
+def test_the_score_is_bit_equal_for_any_batch_size(evaluated, options, context):
+    small = scores(evaluate(options | context | {"batch_seconds": 1.0}))
+    assert small == scores(evaluated(**context).result)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_clips_decoded_again_are_bit_equal_for_any_batch_size(options, ending, num_beams):
-    natural = options | ending | {"num_beams": num_beams}
-    large = scores(evaluate(natural))
+def test_clips_decoded_again_are_bit_equal_for_any_batch_size(
+    evaluated, options, ending, num_beams
+):
+    natural = ending | {"num_beams": num_beams}
+    large = scores(evaluated(**natural).result)
     assert 0 < large["base"]["clips_decoded_again"] < large["base"]["clips"]
-    assert scores(evaluate(natural | {"batch_seconds": 1.0})) == large
+    assert scores(evaluate(options | natural | {"batch_seconds": 1.0})) == large
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu", "deepspeed_zero3", "fsdp2"])
-def test_the_score_is_bit_equal_for_two_processes_under_any_engine(options, tmp_path, config):
-    one = scores(evaluate(options))
-    two = options | {"output_dir": str(tmp_path / "two")}
-    done = launch.run("eval_wer.py", two, processes=2, config=config)
+def test_the_score_is_bit_equal_for_two_processes_under_any_engine(evaluated, options, config):
+    done = launch.run("eval_wer.py", options, processes=2, config=config)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
-    assert scores(json.loads(read(two, "wer.json"))) == one
+    assert scores(json.loads(read(options, "wer.json"))) == scores(evaluated().result)
 
 
 @pytest.mark.slow
-def test_clips_decoded_again_are_bit_equal_for_two_processes(options, ending, tmp_path):
-    one = scores(evaluate(options | ending))
-    two = options | ending | {"output_dir": str(tmp_path / "two")}
+def test_clips_decoded_again_are_bit_equal_for_two_processes(evaluated, options, ending):
+    one = scores(evaluated(**ending, num_beams=1).result)
+    two = options | ending
     done = launch.run("eval_wer.py", two, processes=2, config="cpu")
     assert done.returncode == 0, done.stderr
     assert scores(json.loads(read(two, "wer.json"))) == one
@@ -273,12 +300,12 @@ def test_clips_decoded_again_are_bit_equal_for_two_processes(options, ending, tm
 
 
 def test_beams_give_a_score_that_does_not_depend_on_the_batch_either(options):
-    beams = options | {"num_beams": 3, "max_clips": 4}
+    beams = options | {"num_beams": 3, "max_clips": 3}
     assert scores(evaluate(beams)) == scores(evaluate(beams | {"batch_seconds": 1.0}))
 
 
-def test_clips_that_hit_their_cap_are_counted(options, prepared):
-    result = evaluate(options)
+def test_clips_that_hit_their_cap_are_counted(evaluated, prepared):
+    options, result = evaluated().options, evaluated().result
     rate = json.loads((prepared / "preprocess.json").read_text())["tokens_per_second"]["p999"]
     assert predictions.token_cap(2.0, rate) == int(-(-2.0 * rate * 1.25 // 1)) + 16
     assert predictions.token_cap(30.0, 100.0) == 444, (
@@ -308,30 +335,29 @@ def test_a_full_checkpoint_is_scored_without_adapter(options):
     assert "abilities" not in result["base"], "panels are off"
 
 
-def test_an_old_fine_tune_without_language_ids_is_scored_the_same(options, tmp_path):
+def test_an_old_fine_tune_without_language_ids_is_scored_the_same(evaluated, options, tmp_path):
     old = launch.Path(shutil.copytree(options["model"], tmp_path / "old"))
     generation = json.loads((old / "generation_config.json").read_text())
     for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual"):
         del generation[name]
     generation["forced_decoder_ids"] = [[1, tiny.START + 1], [2, tiny.START + 101]]
     (old / "generation_config.json").write_text(json.dumps(generation))
-    expected = evaluate(options | {"adapter": "", "compare_base": False})["base"]["normalisers"]
+    expected = evaluated().result["base"]["normalisers"]
     got = evaluate(options | {"model": str(old), "adapter": "", "compare_base": False})
     assert got["base"]["normalisers"] == expected
 
 
-def test_the_report_is_written_last_and_its_address_is_printed_last(options, adapter, capfd):
-    evaluate(options)
-    path = launch.Path(options["output_dir"], "report.html")
-    *_, headline, address = capfd.readouterr().out.splitlines()
+def test_the_report_is_written_last_and_its_address_is_printed_last(evaluated, options, adapter):
+    path = launch.Path(evaluated().options["output_dir"], "report.html")
+    *_, headline, address = evaluated().lines
     assert headline.startswith("raw WER: base ")
     assert address == f"report {path.as_uri()}"
     page = path.read_text(encoding="utf-8")
-    assert page.count("<audio") == len(texts(options, "base"))
+    assert page.count("<audio") == len(texts(evaluated().options, "base"))
     assert page.count("Training of adapter") == 1
     assert str(adapter) not in page
-    evaluate(options | {"output_dir": options["output_dir"] + "2"})
-    assert launch.Path(options["output_dir"] + "2", "report.html").read_text("utf-8") == page
+    evaluate(options)
+    assert read(options, "report.html") == page
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import launch
 import pytest
 from huggingface_hub.repocard import metadata_load
+from short_run import small_options, train
 
 import eval_wer
 from common import cli
@@ -32,6 +34,18 @@ try:
 except cli.UserError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
+"""
+
+
+EVALUATE = """\
+import json, sys
+import eval_wer
+
+first, second = json.loads(sys.argv[1])
+eval_wer.main(eval_wer.Config(**first))
+print("evaluated", flush=True)
+input()  # the test looks at the Hub
+eval_wer.main(eval_wer.Config(**second))
 """
 
 
@@ -240,21 +254,21 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_read(checkpoint):
 
 @pytest.mark.slow
 def test_an_evaluation_pushes_its_adapter_only_if_asked(hub, checkpoint, prepared, tmp_path):
-    run = {
-        "model": checkpoint, "data_dir": prepared, "output_dir": tmp_path / "run", "max_steps": 1,
-        "global_batch_size": 7, "lora_rank": 2, "num_workers": 0,
-    }  # fmt: skip
-    assert launch.run("train_lora.py", run).returncode == 0
+    run = small_options(checkpoint, prepared, tmp_path, max_steps=1)
+    train(run)
     options = {
-        "model": checkpoint, "data_dir": prepared, "adapter": tmp_path / "run" / "adapter",
-        "output_dir": tmp_path / "wer", "num_workers": 0, "panels": False,
+        "model": run["model"], "data_dir": run["data_dir"],
+        "adapter": f"{run['output_dir']}/adapter", "output_dir": str(tmp_path / "wer"),
+        "num_workers": 0, "panels": False,
     }  # fmt: skip
-    kept = {"cwd": launch.ROOT, "env": environment(tmp_path, hub.address)}
-    for push_to_hub in ({}, {"push_to_hub": REPO}):
+    words = [sys.executable, "-c", EVALUATE, json.dumps([options, options | {"push_to_hub": REPO}])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    own = environment(tmp_path, hub.address)
+    with subprocess.Popen(words, cwd=launch.ROOT, env=own, text=True, **pipes) as process:
+        lines = list(itertools.takewhile(lambda line: line != "evaluated\n", process.stdout))
         assert hub.files == {}
-        words = launch.command("eval_wer.py", options | push_to_hub)
-        done = subprocess.run(words, capture_output=True, text=True, **kept)
-        assert done.returncode == 0, done.stderr
+        rest, _ = process.communicate("\n")
+    assert process.returncode == 0, "".join(lines) + rest
     (tmp_path / "README.md").write_bytes(hub.files["README.md"])
     metadata = metadata_load(tmp_path / "README.md")
     assert metadata["model-index"][0]["name"] == "whisper-mr"

@@ -508,7 +508,7 @@ def killed(tmp_path_factory, model):
     words = ("--source", folder / "data" / "m.csv", "--language", "mr", "--model", model)
     words = command(*words, "--output_dir", folder / "out", "--num_workers", 2)
     finished = folder / "out.partial" / "parts"
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = launch.start(words)
     deadline = time.monotonic() + 300
     while len(list(finished.glob("*.arrow"))) < 3 and process.poll() is None:
         assert time.monotonic() < deadline
@@ -520,7 +520,7 @@ def killed(tmp_path_factory, model):
     number = len(list(finished.glob("*.arrow")))
     exists = (folder / "out").exists()
     (finished / "half.1234").write_bytes(b"what a killed worker leaves")
-    again = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    again = launch.finish(words)
     assert again.returncode == 0, again.stderr
     assert len(children) >= 2 and not orphans, (children, orphans)
     return folder, process.returncode, number, exists, again.stdout
@@ -716,12 +716,12 @@ def test_a_full_disk_is_one_line_and_the_run_can_be_continued(tmp_path, model):
         records = [{"path": f"{i}.wav"} for i in range(80)]
         words = ("--source", manifest(tmp_path, records), "--model", model, "--language", "mr")
         words = command(*words, "--output_dir", disk / "out", "--num_workers", 1)
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = launch.finish(words)
         assert done.returncode == 2 and done.stderr.startswith("error: the disk is full")
         assert not (disk / "out").exists()
         grow = ["mount", "-o", "remount,size=64m", str(disk)]
         subprocess.run(grow, check=True)
-        assert subprocess.run(words, capture_output=True).returncode == 0
+        assert launch.finish(words).returncode == 0
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 from pathlib import Path
 
 import launch
@@ -156,9 +155,7 @@ def test_no_thread_of_gloo_outlives_the_interpreter(options, folder, config, scr
         own["panels"] = False
     words = launch.command("tests/threads_at_exit.py", own, processes=2, config=config)
     words.insert(words.index("tests/threads_at_exit.py") + 1, script)
-    done = subprocess.run(
-        words, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True
-    )
+    done = launch.finish(words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("threads of gloo at exit: []") == 2, done.stdout
 

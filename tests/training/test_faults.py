@@ -43,8 +43,8 @@ from training import step as steps
 
 
 @pytest.fixture
-def options(checkpoint, prepared, tmp_path):
-    return small_options(checkpoint, prepared, tmp_path, save_every=2, eval_every=100)
+def options(checkpoint, train_only, tmp_path):
+    return small_options(checkpoint, train_only, tmp_path, save_every=2)
 
 
 def saved(options):
@@ -64,12 +64,22 @@ def assert_same_run(whole, cut):
 # ------ processes
 
 
-@pytest.mark.slow
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(options, tmp_path):
-    long = options | {"max_steps": 60}
-    whole = long | {"output_dir": str(tmp_path / "whole")}
-    done = launch.run("train_lora.py", whole, processes=2)
+LONG = {"max_steps": 60}  # still under way when a loaded machine comes to stopping it
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, train_only, tmp_path_factory):
+    """Options of a run of two processes that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = small_options(checkpoint, train_only, folder, save_every=2) | LONG
+    done = launch.run("train_lora.py", options, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
+    return options
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(options, whole):
+    long = options | LONG
     process = launch.start(launch.command("train_lora.py", long, processes=2))
     launch.wait_for(lambda: len(saved(long)) > 0, process)
     launch.ranks(process)[-1].send_signal(signal.SIGKILL)
@@ -83,10 +93,8 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_slow_for_a_while_is_waited_for(options, tmp_path):
-    options |= {"max_steps": 60}  # still under way when a loaded machine comes to stopping it
-    whole = options | {"output_dir": str(tmp_path / "whole")}
-    assert launch.run("train_lora.py", whole, processes=2).returncode == 0
+def test_a_process_that_is_slow_for_a_while_is_waited_for(options, whole):
+    options |= LONG
     process = launch.start(launch.command("train_lora.py", options, processes=2))
     launch.wait_for(lambda: Path(options["output_dir"], "metrics.jsonl").exists(), process)
     slow = launch.ranks(process)[-1]

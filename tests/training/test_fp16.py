@@ -38,15 +38,16 @@ def fp16(monkeypatch):
 
 
 @pytest.fixture
-def options(checkpoint, prepared, tmp_path):
-    return small_options(checkpoint, prepared, tmp_path, eval_every=100)
+def options(checkpoint, train_only, tmp_path):
+    return small_options(checkpoint, train_only, tmp_path)
 
 
 def figures(options):
     return json.loads(Path(options["output_dir"], "train.json").read_text(encoding="utf-8"))
 
 
-def test_fp16_trains_close_to_fp32(options, fp16, tmp_path):
+def test_fp16_trains_close_to_fp32(options, fp16, prepared, tmp_path):
+    options |= {"data_dir": str(prepared)}  # and validates
     fp16(2.0**10)
     train(options)
     plain = options | {"precision": "fp32", "output_dir": str(tmp_path / "fp32")}

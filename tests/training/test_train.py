@@ -34,6 +34,12 @@ def options(checkpoint, prepared, tmp_path):
     return small_options(checkpoint, prepared, tmp_path, save_every=2, eval_every=3)
 
 
+@pytest.fixture
+def unvalidated(options, train_only):
+    """Options of a run that evaluates nothing, for tests of its steps alone."""
+    return options | {"data_dir": str(train_only)}
+
+
 def read_json(options, name):
     return json.loads(launch.Path(options["output_dir"], name).read_text(encoding="utf-8"))
 
@@ -42,9 +48,19 @@ def adapter(options, name="adapter"):
     return load_file(f"{options['output_dir']}/{name}/adapter_model.safetensors")
 
 
-@pytest.fixture
-def finished(options):
+@pytest.fixture(scope="module")
+def finished(checkpoint, prepared, tmp_path_factory):
+    """Options of a run that has ended, for tests that read it."""
+    folder = tmp_path_factory.mktemp("finished")
+    options = small_options(checkpoint, prepared, folder, save_every=2, eval_every=3)
     train(options)
+    return options
+
+
+@pytest.fixture
+def ended(finished, options):
+    """A copy of it, for tests that train in its folder."""
+    shutil.copytree(finished["output_dir"], options["output_dir"])
     return options
 
 
@@ -52,7 +68,7 @@ def finished(options):
 
 
 def test_what_a_base_draws_by_itself_is_off_so_the_loss_is_that_of_any_accumulation(
-    options, checkpoint, tmp_path
+    unvalidated, checkpoint, tmp_path
 ):
     """SpecAugment, dropout and layer drop, where a base's config asks for them."""
     restless = shutil.copytree(checkpoint, tmp_path / "restless")
@@ -62,27 +78,28 @@ def test_what_a_base_draws_by_itself_is_off_so_the_loss_is_that_of_any_accumulat
     (restless / "config.json").write_text(json.dumps(config | {"decoder_layerdrop": 0.5}))
     runs = []
     for seconds in (1000.0, 1.0):
-        own = options | {"model": str(restless), "max_batch_seconds": seconds, "max_steps": 3}
-        own |= {"output_dir": str(tmp_path / f"in_{seconds}"), "eval_every": 100}
+        own = unvalidated | {"model": str(restless), "max_batch_seconds": seconds, "max_steps": 3}
+        own |= {"output_dir": str(tmp_path / f"in_{seconds}")}
         train(own)
         runs.append(records(own, "loss"))
-    train(options | {"max_steps": 3, "eval_every": 100})
-    runs.append(records(options, "loss"))  # of a base that draws nothing
+    train(unvalidated | {"max_steps": 3})
+    runs.append(records(unvalidated, "loss"))  # of a base that draws nothing
     assert np.allclose(list(runs[0].values()), list(runs[1].values()), rtol=1e-5), runs
     assert np.allclose(list(runs[0].values()), list(runs[2].values()), rtol=1e-5), runs
 
 
-def test_the_loss_is_the_same_for_every_accumulation(options, tmp_path):
+def test_the_loss_is_the_same_for_every_accumulation(unvalidated, tmp_path):
     runs = []
     for clips in (4, 2, 1):
         seconds = clips * 30.0
         own = (
-            options
+            unvalidated
             | AUGMENTED
             | {
                 "output_dir": str(tmp_path / f"of{clips}"),
                 "max_batch_seconds": seconds,
                 "context": "full",
+                "max_steps": 3,
                 "lora_dropout": 0.0,
             }
         )
@@ -231,8 +248,8 @@ def test_tensorboard_holds_the_curves_and_texts(finished):
     assert any("predictions" in tag for tag in events.Tags()["tensors"])
 
 
-def test_a_logged_step_is_one_line_of_stable_keys(finished, capsys):
-    train(finished | {"resume": "never"})
+def test_a_logged_step_is_one_line_of_stable_keys(ended, capsys):
+    train(ended | {"resume": "never"})
     lines = [line for line in capsys.readouterr().out.splitlines() if " loss=" in line]
     assert len(lines) == SMALL["max_steps"]
     keys = [pair.split("=")[0] for pair in lines[0].split()]
@@ -252,10 +269,10 @@ def test_a_logged_step_is_one_line_of_stable_keys(finished, capsys):
         {"schedule": "cosine"},
     ],
 )
-def test_each_way_to_hold_the_base_trains(options, extra):
-    train(options | {"max_steps": 2, "eval_every": 100} | extra)
-    assert all(math.isfinite(loss) for loss in records(options, "loss").values())
-    moved = [value for name, value in adapter(options).items() if "lora_B" in name]
+def test_each_way_to_hold_the_base_trains(unvalidated, extra):
+    train(unvalidated | {"max_steps": 2} | extra)
+    assert all(math.isfinite(loss) for loss in records(unvalidated, "loss").values())
+    moved = [value for name, value in adapter(unvalidated).items() if "lora_B" in name]
     assert all(value.dtype == torch.float32 for value in moved)
     assert all(value.abs().max() > 0 for value in moved)
 
@@ -291,18 +308,18 @@ def test_a_full_fine_tune_writes_the_language_asked_for_in_stock_transformers(
         assert written[:4].tolist() == prompt
 
 
-def test_checkpointing_changes_memory_and_not_the_loss(options, tmp_path):
-    train(options)
-    other = options | {"gradient_checkpointing": True, "output_dir": str(tmp_path / "other")}
+def test_checkpointing_changes_memory_and_not_the_loss(unvalidated, tmp_path):
+    train(unvalidated)
+    other = unvalidated | {"gradient_checkpointing": True, "output_dir": str(tmp_path / "other")}
     train(other)
-    expected, got = records(options, "loss"), records(other, "loss")
+    expected, got = records(unvalidated, "loss"), records(other, "loss")
     assert np.allclose(list(expected.values()), list(got.values()), rtol=1e-5)
 
 
 def test_memory_that_runs_out_halves_the_pieces_and_not_the_loss(
-    options, monkeypatch, tmp_path, capsys
+    unvalidated, monkeypatch, tmp_path, capsys
 ):
-    plain = options | {"lora_dropout": 0.0, "max_batch_seconds": 120.0, "eval_every": 100}
+    plain = unvalidated | {"lora_dropout": 0.0, "max_batch_seconds": 120.0}
     train(plain)
     stock = steps.batch_loss
 
@@ -320,12 +337,12 @@ def test_memory_that_runs_out_halves_the_pieces_and_not_the_loss(
 
 
 def test_a_step_that_starts_again_has_the_gradient_of_one_that_does_not(
-    options, monkeypatch, tmp_path
+    unvalidated, monkeypatch, tmp_path
 ):
     """Memory runs out in the first, second or last of four pieces, before or after its graph."""
     stock = steps.batch_loss
     pieces = {"context": "full", "max_batch_seconds": 60.0, "global_batch_size": 7}
-    plain = options | pieces | {"lora_dropout": 0.5, "max_steps": 2, "eval_every": 100}
+    plain = unvalidated | pieces | {"lora_dropout": 0.5, "max_steps": 2}
     train(plain)
     for failing, computed in [(0, True), (1, True), (3, True), (3, False)]:
         calls = itertools.count()
@@ -483,8 +500,8 @@ def test_validation_clips_are_decoded_in_batches_that_fit_the_free_memory_in_the
     assert all(autocast), "weights held in float32 are decoded in bf16, too"
 
 
-def test_a_resumed_run_takes_up_losses_since_the_last_log_line(options, tmp_path):
-    whole = options | AUGMENTED | {"log_every": 3, "eval_every": 100}
+def test_a_resumed_run_takes_up_losses_since_the_last_log_line(unvalidated, tmp_path):
+    whole = unvalidated | AUGMENTED | {"log_every": 3}
     train(whole)
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     train(cut)
@@ -495,11 +512,11 @@ def test_a_resumed_run_takes_up_losses_since_the_last_log_line(options, tmp_path
     assert all(torch.equal(adapter(whole)[key], value) for key, value in adapter(cut).items())
 
 
-def test_other_options_are_refused_by_name_and_never_starts_anew(finished):
+def test_other_options_are_refused_by_name_and_never_starts_anew(ended):
     with pytest.raises(cli.UserError, match=r"--learning_rate 0\.5 \(was 0\.001\)"):
-        train(finished | {"learning_rate": 0.5})
-    train(finished | {"learning_rate": 0.5, "resume": "never"})
-    assert max(records(finished, "learning_rate").values()) == 0.5
+        train(ended | {"learning_rate": 0.5})
+    train(ended | {"learning_rate": 0.5, "resume": "never"})
+    assert max(records(ended, "learning_rate").values()) == 0.5
 
 
 # ------ errors
@@ -590,7 +607,7 @@ def scripted(monkeypatch):
             validation, "word_error_rates", lambda *given: ({"wer_raw": next(rates)}, {})
         )
         monkeypatch.setattr(validation, "shown_texts", lambda *given: "")
-        monkeypatch.setattr("train_lora.rehearse", lambda *given: None)
+        monkeypatch.setattr("training.run.rehearse", lambda *given: None)
 
     return script
 
