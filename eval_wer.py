@@ -23,6 +23,7 @@ from common.files import write_json
 from common.precision import DTYPES, Precision
 from common.prepared import SPLITS, column, load_prepared
 from common.provenance import describe_run, hub_id
+from common.systems import load_system, read_record
 from common.windows import DecodeWindowMode
 from evaluation import push
 from evaluation.abilities import measure_abilities
@@ -34,7 +35,6 @@ from evaluation.leakage import describe_leakage
 from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
 from evaluation.scores import Scores, describe_errors, load_clips, score_clips, score_other_window
-from evaluation.systems import load_system, read_record
 
 
 @dataclass

@@ -19,10 +19,10 @@ from common.cli import first_line
 from common.files import write_text
 from common.prepared import read_record as read_preparation
 from common.provenance import hub_id
+from common.systems import read_record
 from evaluation.abilities import ability_rows, has_abilities
 from evaluation.html_report import show_interval, show_p, signed, systems_of
 from evaluation.leakage import leakage_shown
-from evaluation.systems import read_record
 
 NAME = "README.md"
 MARKER = "<!-- Written by eval_wer.py, sha256 of the lines above: "

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import eval_wer
 import train_lora
-from common import cli, predictions, whisper
+from common import cli, predictions, systems, whisper
 from common.prepared import load_prepared
-from evaluation import report, systems
+from evaluation import report
 from evaluation.scores import worst_clips
 
 
