@@ -19,12 +19,11 @@ from common.systems import load_system
 from common.windows import DecodeWindowMode
 from transcription.formats import FORMATS
 from transcription.media import announced_seconds, check_installed
-from transcription.output import is_finished
-from transcription.pipeline import Work, groups, transcribe_group
+from transcription.pipeline import Work, groups, read_stretches, transcribe_group
 from transcription.progress import Meter
-from transcription.record import describe, open_folder, write_failed
+from transcription.record import describe, open_folder, unfinished, write_failed
 from transcription.recordings import find_recordings
-from transcription.segments import Options
+from transcription.segments import Options, find_heads
 from transcription.vad import load_vad
 
 
@@ -41,7 +40,7 @@ class Config:
     formats: str = "txt,srt,json"  # of txt, srt, vtt, tsv and json
     word_times: bool = True  # time every word
     min_pause: float = 0.5  # seconds without speech that end a segment
-    no_speech: float = 0.6  # drop a segment if the model is this sure that nobody speaks
+    no_speech: float = 0.7  # drop a segment if the model is this sure that nobody speaks
     context: DecodeWindowMode = "auto"  # natural follows the speech, full is 30 s, auto: as trained
     batch_seconds: float = 240.0  # seconds of audio window per batch
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
@@ -104,11 +103,7 @@ def main(config: Config) -> None:
     open_folder(folder, config, system)
 
     # ------ recordings
-    left = [
-        group
-        for group in groups(recordings)
-        if not all(is_finished(folder, recording, formats) for recording in group)
-    ]
+    left = unfinished(groups(recordings), folder, formats)
     num_left = sum(map(len, left))
     say(
         accelerator,
@@ -116,20 +111,21 @@ def main(config: Config) -> None:
         f"{system.name}, {system.window_mode} window, {config.precision}",
     )
     meter = Meter(sum(announced_seconds(recording.path) for group in left for recording in group))
-    heads = getattr(system.model.generation_config, "alignment_heads", None) or []
+    language = language_code(config.language, "--language") if config.language else ""
+    options = Options(config.task, config.batch_seconds, no_speech_at=config.no_speech)
+    if config.word_times and left:
+        stretches = read_stretches(recordings, vad, config.min_pause)
+        options = replace(options, heads=find_heads(system, stretches, language, options))
+        if not options.heads:
+            say(accelerator, "warning: no heads of alignment found: words get no times")
     work = Work(
         system=system,
         vad=vad,
-        options=Options(
-            config.task,
-            config.batch_seconds,
-            [tuple(head) for head in heads] if config.word_times else [],
-            config.no_speech,
-        ),
+        options=options,
         formats=formats,
         folder=folder,
         header=describe(config, system),
-        language=language_code(config.language, "--language") if config.language else "",
+        language=language,
         by_segment=config.language_by_segment,
         min_pause=config.min_pause,
         progress=meter.add,

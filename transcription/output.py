@@ -7,18 +7,14 @@ from typing import Any, TextIO
 
 from common.files import PARTIAL
 from transcription.formats import FORMATS, Format
-from transcription.recordings import Recording
+from transcription.recordings import Recording, changed
 from transcription.segments import Segment
 
 
 def is_finished(folder: Path, recording: Recording, formats: list[str]) -> bool:
     """Whether all transcripts of a recording are there, and none is older than it."""
-    try:
-        changed = recording.path.stat().st_mtime_ns
-        paths = (transcript_path(folder, recording, suffix) for suffix in formats)
-        return all(path.stat().st_mtime_ns >= changed for path in paths)
-    except OSError:
-        return False
+    paths = (transcript_path(folder, recording, suffix) for suffix in formats)
+    return all(changed(path) >= changed(recording.path) and path.exists() for path in paths)
 
 
 def transcript_path(folder: Path, recording: Recording, suffix: str) -> Path:

@@ -1,5 +1,6 @@
 """Recordings -> transcripts: read, cut at pauses, decoded in batches across recordings, written."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,15 @@ def groups(recordings: Sequence[Recording]) -> Iterator[list[Recording]]:
         size += own
     if group:
         yield group
+
+
+def read_stretches(
+    recordings: Sequence[Recording], vad: SileroVAD, min_pause: float
+) -> Iterator[Stretch]:
+    """The stretches of all recordings that can be read, as far as they are asked for."""
+    for recording in recordings:
+        with contextlib.suppress(AudioError):  # reported where it is transcribed
+            yield from find_stretches(read_pieces(recording.path), vad, min_pause=min_pause)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 
 from common.cli import UserError
-from common.files import write_json, write_text
+from common.files import PARTIAL, write_json, write_text
 from common.provenance import describe_run
 from common.systems import System
-from transcription.recordings import Recording
+from transcription.output import is_finished
+from transcription.recordings import Recording, changed
 
 FILE_NAME, FAILED_NAME = "transcribe.json", "failed.jsonl"
 PROBE = 16  # values of each tensor that identify weights
@@ -64,7 +66,36 @@ def open_folder(folder: Path, config: Any, system: System) -> None:
                 f"{before.get(name)!r}, now {decisive[name]!r}): give another folder"
             )
     folder.mkdir(parents=True, exist_ok=True)
+    for partial in folder.rglob(f"*{PARTIAL}"):  # of a run that was killed
+        partial.unlink()
     write_json(file, describe_run(config) | {"decisive": decisive})
+
+
+def read_failed(folder: Path) -> set[tuple[str, int]]:
+    """Recordings that failed in an earlier run, each with when it was last changed."""
+    file = folder / FAILED_NAME
+    if not file.is_file():
+        return set()
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {(row["file"], row["changed"]) for row in rows}
+
+
+def unfinished(
+    groups: Iterable[list[Recording]], folder: Path, formats: list[str]
+) -> list[list[Recording]]:
+    """The groups that are left to do.
+
+    A group is repeated as a whole, so that its bytes are the same, unless only recordings are left
+    of it that failed before: these are tried again alone.
+    """
+    failed, left = read_failed(folder), []
+    for group in groups:
+        open_ones = [own for own in group if not is_finished(folder, own, formats)]
+        if any((str(own.path), changed(own.path)) not in failed for own in open_ones):
+            left.append(group)
+        elif open_ones:
+            left.append(open_ones)
+    return left
 
 
 def write_failed(folder: Path, failed: dict[Recording, str]) -> None:
@@ -73,5 +104,8 @@ def write_failed(folder: Path, failed: dict[Recording, str]) -> None:
     if not failed:
         file.unlink(missing_ok=True)
         return
-    rows = [{"file": str(own.path), "reason": reason} for own, reason in failed.items()]
+    rows = [
+        {"file": str(own.path), "reason": reason, "changed": changed(own.path)}
+        for own, reason in failed.items()
+    ]
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -28,6 +28,14 @@ class Recording:
     language: str = ""  # code or name, of a manifest
 
 
+def changed(path: Path) -> int:
+    """When a file was last changed, in nanoseconds; 0 where it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def find_recordings(source: str) -> tuple[list[Recording], str]:
     """The recordings of `--audio`, and a line about files that were passed over, or "".
 

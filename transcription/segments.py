@@ -3,7 +3,8 @@
 A segment depends on its stretch and language alone, never on the stretches decoded with it.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from common.audio import SAMPLES_PER_POSITION
 from common.batching import DecodeBatch
 from common.predictions import token_cap
 from common.systems import System
-from transcription.alignment import align
+from transcription.alignment import Text, align, choose_heads, configured_heads
 from transcription.stretches import Stretch
 from transcription.words import split_words
 
@@ -24,8 +25,9 @@ from transcription.words import split_words
 # tokens of scripts that Whisper saw little of are twice as many.
 TOKENS_PER_SECOND = 45.0
 # A stretch is dropped where the model is this sure that nobody speaks. Whisper's own rule asks for
-# 0.6 and for an improbable text as well: loops are probable, so it drops none of them.
-NO_SPEECH_AT = 0.6
+# 0.6 and for an improbable text as well: loops are probable, so it drops none of them. Silence,
+# noise, hum and clicks had 0.74 and more with whisper-base, and Hindi speech up to 0.63.
+NO_SPEECH_AT = 0.7
 NO_SPEECH_TOKENS = ("<|nospeech|>", "<|nocaptions|>")
 
 
@@ -64,7 +66,7 @@ class Options:
 
     task: str  # transcribe or translate
     batch_seconds: float  # of window in a batch
-    heads: Sequence[tuple[int, int]]  # of alignment; none: words get no times
+    heads: Sequence[tuple[int, int]] = ()  # of alignment; none: words get no times
     no_speech_at: float = NO_SPEECH_AT
 
 
@@ -246,6 +248,44 @@ def detect_language(
 
 # ------ words
 
+HEAD_CLIPS = 5  # on which heads are chosen
+HEAD_TRIES = 40  # stretches that are decoded at most to have so many clips
+HEAD_TOKENS = 8  # of a clip at least; fewer show no movement
+
+
+def find_heads(
+    system: System, stretches: Iterable[Stretch], language: str, options: Options
+) -> list[tuple[int, int]]:
+    """The heads of alignment: those of the checkpoint, or chosen on the first stretches that fit.
+
+    Args:
+        stretches: read as far as need be.
+        language: code, or "" to detect that of each.
+
+    Returns:
+        No heads where no stretch has a text that can be used.
+    """
+    heads = configured_heads(system.model)
+    if heads:
+        return heads
+    clips: list[tuple[torch.Tensor, Text]] = []
+    for stretch in itertools.islice(stretches, HEAD_TRIES):
+        [segment] = decode_stretches(system, [stretch], [language], replace(options, heads=()))
+        tokens = system.tokenizer(segment.text, add_special_tokens=False).input_ids
+        if segment.dropped or len(tokens) < HEAD_TOKENS:
+            continue
+        [batch] = _plan(system, [stretch], options, system.window_mode)
+        encoded = decoding.encode_windows(
+            system.model, _waves([stretch], batch.window), batch.windows
+        )
+        [(_, states)] = encoded
+        prompt = labels.prompt(system.tokenizer, segment.language, options.task)
+        positions = min(windows.positions(stretch.seconds), states.shape[1])
+        clips.append((states, Text(prompt, tokens, positions)))
+        if len(clips) == HEAD_CLIPS:
+            break
+    return choose_heads(system.model, clips) if clips else []
+
 
 def _word_times(
     system: System,
@@ -261,16 +301,16 @@ def _word_times(
         rows = [row for row in group if texts[row].tokens]
         if not rows:
             continue
-        aligned = align(
-            system.model,
-            states[[group.index(row) for row in rows]],
-            prompts=[labels.prompt(system.tokenizer, codes[row], options.task) for row in rows],
-            texts=[texts[row].tokens for row in rows],
-            positions=[
-                min(windows.positions(stretches[row].seconds), states.shape[1]) for row in rows
-            ],
-            heads=options.heads,
-        )
+        texts_known = [
+            Text(
+                labels.prompt(system.tokenizer, codes[row], options.task),
+                texts[row].tokens,
+                min(windows.positions(stretches[row].seconds), states.shape[1]),
+            )
+            for row in rows
+        ]
+        own = states[[group.index(row) for row in rows]]
+        aligned = align(system.model, own, texts_known, options.heads)
         for row, times in zip(rows, aligned, strict=True):
             stretch = stretches[row]
             written = "en" if options.task == "translate" else codes[row]

@@ -9,6 +9,7 @@ import torch
 
 from common import decoding, labels
 from transcription import alignment
+from transcription.alignment import Text
 from transcription.words import split_words
 
 
@@ -53,11 +54,10 @@ def test_probabilities_are_those_of_the_decoder_and_do_not_depend_on_the_batch(b
     texts = [[5, 9, 200, 31, 7], [90, 4]]
     prompt = labels.prompt(tokenizer, "mr", "transcribe")
     [(_, states)] = decoding.encode_windows(base, waves, [300, 300])
-    options = {"positions": [300, 250], "heads": [(0, 1), (1, 0)]}
-    both = alignment.align(base, states, prompts=[prompt] * 2, texts=texts, **options)
-    alone = alignment.align(
-        base, states[1:], prompts=[prompt], texts=texts[1:], positions=[250], heads=[(0, 1), (1, 0)]
-    )
+    clips = [Text(prompt, text, 300 - 50 * row) for row, text in enumerate(texts)]
+    heads = [(0, 1), (1, 0)]
+    both = alignment.align(base, states, clips, heads)
+    alone = alignment.align(base, states[1:], clips[1:], heads)
     assert np.allclose(both[1].probabilities, alone[0].probabilities, atol=1e-6)
     assert both[1].starts.tolist() == alone[0].starts.tolist()
     assert len(both[0].starts) == 6 and both[1].starts.max() <= 5.0

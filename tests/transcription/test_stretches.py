@@ -64,9 +64,9 @@ def test_stretches_hold_speech_and_a_fifth_of_a_second_around_it():
     for sizes in ([16_000] * 60, [1_001] * 1_000, [960_000]):
         pieces = np.split(samples, np.cumsum(sizes)[:-1])
         made = list(stretches.find_stretches(pieces, Loud()))
-        assert [round(own.speech_start) for own in made] == [1, 20, 58]
+        assert np.allclose([own.speech_start for own in made], [1, 20, 58], atol=0.006)
         for own in made:
-            assert own.speech_start - own.start == pytest.approx(PAD * FRAME_SECONDS)
+            assert own.speech_start - own.start == pytest.approx(PAD * FRAME_SECONDS, abs=0.04)
             first = round(own.start * 16_000)
             expected = samples[first : first + len(own.samples)]
             assert np.abs(own.samples / 32768 - expected).max() < 1e-4
