@@ -21,6 +21,7 @@ from transcription.formats import FORMATS
 from transcription.media import announced_seconds, check_installed
 from transcription.pipeline import Work, groups, read_stretches, transcribe_group
 from transcription.progress import Meter
+from transcription.pseudo_labels import check_place, write_manifest
 from transcription.record import describe, open_folder, unfinished, write_failed
 from transcription.recordings import find_recordings
 from transcription.segments import Options, find_heads
@@ -44,6 +45,9 @@ class Config:
     context: DecodeWindowMode = "auto"  # natural follows the speech, full is 30 s, auto: as trained
     batch_seconds: float = 240.0  # seconds of audio window per batch
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
+    manifest: str = ""  # JSON lines of pseudo-labels for preprocess.py; empty: none
+    min_confidence: float = 0.5  # probability of a token, on average, of a row of the manifest
+    min_language: float = 0.5  # probability of the language of a row of the manifest
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "transcripts")  # for the transcripts
 
 
@@ -68,7 +72,16 @@ def check(config: Config) -> None:
                 f"--language {config.language}: is not detected: leave out "
                 "--language_by_segment true, or --language",
             ),
-            *cli.out_of_range(config, positive=["batch_seconds", "min_pause", "no_speech"]),
+            (
+                bool(config.manifest) and "json" not in formats,
+                f"--manifest {config.manifest}: is made from json transcripts: add json to "
+                "--formats",
+            ),
+            *cli.out_of_range(
+                config,
+                positive=["batch_seconds", "min_pause", "no_speech"],
+                shares=["min_confidence", "min_language"],
+            ),
         ]
     )
     check_installed()
@@ -81,6 +94,9 @@ def main(config: Config) -> None:
     recordings, passed_over = find_recordings(config.audio)
     if passed_over:
         print(f"not read: {passed_over}")
+
+    if config.manifest:
+        check_place(Path(config.manifest), recordings)
 
     # ------ model
     vad = load_vad()
@@ -140,6 +156,9 @@ def main(config: Config) -> None:
     meter.summarise()
     close(accelerator)
     write_failed(folder, failed)
+    if config.manifest:
+        limits = {"min_confidence": config.min_confidence, "min_language": config.min_language}
+        print(write_manifest(Path(config.manifest), folder, recordings, **limits))
     for recording, reason in failed.items():
         print(f"failed: {recording.path}: {reason}", file=sys.stderr)
     if failed:

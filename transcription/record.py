@@ -18,7 +18,9 @@ from transcription.recordings import Recording, changed
 
 FILE_NAME, FAILED_NAME = "transcribe.json", "failed.jsonl"
 PROBE = 16  # values of each tensor that identify weights
-FREE = ("audio", "output_dir", "formats", "batch_seconds")  # may differ in a resumed run
+FREE = (  # may differ in a resumed run
+    "audio", "output_dir", "formats", "batch_seconds", "manifest", "min_confidence", "min_language",
+)  # fmt: skip
 
 
 def describe(config: Any, system: System) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import soxr
 import tiny
 import torch
 
+import preprocess
 import transcribe
 from common import cli, whisper
 from demo import espeak
@@ -192,6 +193,30 @@ def test_the_text_does_not_depend_on_batches_and_languages_are_detected(talker, 
     assert content["language"] is None
     for row in content["segments"] + content["dropped"]:
         assert row["language"] and row["language_probability"] > 0
+
+
+def test_transcripts_become_training_data(transcripts, talker, folder, tmp_path, capsys):
+    """A resumed run writes the manifest of all recordings, and preprocess.py reads it."""
+    manifest = folder / "pseudo.jsonl"
+    options = {"manifest": str(manifest), "min_confidence": 0.0, "min_language": 0.0}
+    with pytest.raises(SystemExit):
+        run(talker, folder, transcripts, **options)
+    assert "pseudo.jsonl: 6 segments; left out: none" in capsys.readouterr().out
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    assert {row["model"] for row in rows} == {str(talker)}
+    preprocess.main(
+        preprocess.Config(
+            source=str(manifest), model=str(talker), output_dir=str(tmp_path / "data"),
+            max_chars_per_second=1000.0, num_workers=1,
+        )
+    )  # fmt: skip
+    report = json.loads((tmp_path / "data" / "preprocess.json").read_text())
+    assert report["clips"]["read"] == 6
+    with pytest.raises(SystemExit):
+        run(talker, folder, transcripts, **options | {"min_confidence": 0.99})
+    assert "0 segments; left out: 6 confidence" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="beside or below a manifest only: give a file in"):
+        run(talker, folder, transcripts, manifest=str(tmp_path / "pseudo.jsonl"))
 
 
 def test_nothing_is_written_where_nobody_speaks(talker, tmp_path):
