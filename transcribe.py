@@ -107,6 +107,13 @@ def main(config: Config) -> None:
             "python, and give each GPU a part of the recordings"
         )
     tokenizer = labels.load_tokenizer(config.model, config.language, config.task)
+    codes = {own.language for own in recordings if own.language}
+    unknown = [code for code in sorted(codes) if not labels.has_language(tokenizer, code)]
+    if unknown:
+        raise cli.UserError(
+            f"--model {config.model}: cannot write {', '.join(unknown)}, the language of "
+            f"rows of --audio {config.audio}: give a multilingual model that has it"
+        )
     system = load_system(
         config.model,
         config.adapter,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.cli import UserError, first_line
 from common.files import IGNORED
+from common.languages import language_code
 
 SUFFIXES_TEXT = """
 3g2 3gp aac ac3 aif aifc aiff amr ape asf au avi caf flac flv m2ts m4a m4b m4v mka mkv mov mp2 mp3
@@ -25,7 +26,7 @@ class Recording:
 
     path: Path
     name: str  # of its transcripts in the output folder, without the suffix
-    language: str = ""  # code or name, of a manifest
+    language: str = ""  # code, where a manifest names it
 
 
 def changed(path: Path) -> int:
@@ -91,7 +92,8 @@ def _of_manifest(file: Path) -> list[tuple[Path, Path, str]]:
     for word, language in rows:
         path = file.parent / word
         name = Path(*(part for part in Path(word).parts if part not in ("..", ".", "/")))
-        recordings.append((path, name, language))
+        code = language_code(language, f"--audio {file}: language") if language else ""
+        recordings.append((path, name, code))
     names = Counter(str(name) for _, name, _ in recordings)
     twice = [name for name, number in names.items() if number > 1]
     if twice:

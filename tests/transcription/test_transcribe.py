@@ -238,6 +238,23 @@ def test_nothing_is_written_where_nobody_speaks(talker, tmp_path):
     assert all(not row["segments"] and not row["dropped"] for row in rows)
 
 
+def test_what_is_dropped_is_listed_with_its_reason(talker, checkpoint, folder, tmp_path, capsys):
+    """A no-speech probability and a text that repeats itself each decide alone."""
+    talk = folder / "day" / "talk.flac"
+    options = {"formats": "txt,json", "word_times": False}
+    silent = run(talker, talk, tmp_path / "silent", no_speech=1e-9, **options)
+    assert "dropped segments: 3 no speech" in capsys.readouterr().out
+    looping = run(checkpoint, talk, tmp_path / "looping", no_speech=1.0, **options)
+    assert "dropped segments: 3 repetition" in capsys.readouterr().out
+    for output, reason in ((silent, "no_speech"), (looping, "repetition")):
+        assert (output / "talk.txt").read_text() == ""
+        dropped = json.loads((output / "talk.json").read_text())["dropped"]
+        assert [row["dropped"] for row in dropped] == [reason] * 3
+        assert all(
+            row["text"] and row["decoded_again"] == (reason == "repetition") for row in dropped
+        )
+
+
 def test_speech_is_not_lost(speech):
     """At most 0.1 % of the 10-ms frames of speech, of which espeak-ng's silence is known."""
     samples, limits = speech
