@@ -22,6 +22,7 @@ from common.files import write_json
 from common.precision import DTYPES, Precision
 from common.prepared import SPLITS, load_prepared
 from common.provenance import describe_run, hub_id, read_record
+from common.systems import check_languages, load_system
 from common.windows import DecodeWindowMode
 from evaluation import folders, push
 from evaluation.abilities import measure_abilities
@@ -32,7 +33,6 @@ from evaluation.leakage import describe_leakage
 from evaluation.nonspeech import decode_panel
 from evaluation.report import write_results
 from evaluation.scores import Scores, describe_errors, load_clips, score_clips, score_other_window
-from evaluation.systems import check_languages, load_system
 
 
 @dataclass

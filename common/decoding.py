@@ -111,7 +111,24 @@ def decode_at_once(
     Returns:
         (B) texts.
     """
-    encoded = encode_windows(model, waves, windows)
+    return decode_encoded(
+        model, encode_windows(model, waves, windows), languages=languages, task=task, caps=caps,
+        num_beams=num_beams, timestamps=timestamps,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def decode_encoded(
+    model: WhisperForConditionalGeneration,
+    encoded: list[tuple[list[int], torch.Tensor]],
+    *,
+    languages: Sequence[str] | None,
+    task: str,
+    caps: Sequence[int],
+    num_beams: int = 1,
+    timestamps: bool = False,
+) -> list[Decoded]:
+    """Decode clips that `encode_windows` has encoded; else as `decode_at_once`."""
     if timestamps or (num_beams == 1 and _is_plain_greedy(model.generation_config)):
         prompts = _prompts(model, languages, task, len(caps))
         if not timestamps:
@@ -239,6 +256,22 @@ def _is_plain_greedy(config: GenerationConfig) -> bool:
 
 
 # ------ greedy
+
+
+@torch.inference_mode()
+def start_probabilities(
+    model: WhisperForConditionalGeneration, encoded: list[tuple[list[int], torch.Tensor]]
+) -> torch.Tensor:
+    """Probabilities (B, V) of what follows the start token: a language, or that nobody speaks."""
+    states = [group for _, group in encoded]
+    caches = [_new_cache(layer, states, 1) for layer in model.model.decoder.layers]
+    start = model.generation_config.decoder_start_token_id
+    clips = [clip for group, _ in encoded for clip in group]
+    tokens = torch.full((len(clips), 1), start, device=model.device)
+    scores = _next_scores(model, tokens, caches, 0).float()
+    probabilities = torch.empty_like(scores)
+    probabilities[clips] = scores.softmax(dim=-1)
+    return probabilities
 
 
 def _prompts(

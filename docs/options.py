@@ -11,6 +11,7 @@ import eval_wer
 import preprocess
 import sagemaker_launch
 import train_lora
+import transcribe
 from jobs import request
 
 PAGE = Path(__file__).with_name("options.md")
@@ -25,6 +26,7 @@ SCRIPTS = {
     "preprocess.py": preprocess.Config,
     "train_lora.py": train_lora.Config,
     "eval_wer.py": eval_wer.Config,
+    "transcribe.py": transcribe.Config,
 }
 COMMANDS = {  # of sagemaker_launch.py: heading -> where its options are defined
     "All jobs": request.Job,

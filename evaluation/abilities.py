@@ -26,8 +26,8 @@ from common.languages import ALIASES
 from common.metrics import keep_marks
 from common.predictions import Prediction
 from common.prepared import column
+from common.systems import System
 from evaluation.scores import Scores, transcribe
-from evaluation.systems import System
 
 SAMPLE = 16  # clips: each is encoded four times, which takes a CPU seconds
 SEED = 0

@@ -29,10 +29,10 @@ from common.metrics import count_errors, keep_marks
 from common.predictions import Prediction
 from common.prepared import column, label_lengths
 from common.spreadsheet import protect
+from common.systems import System
 from common.whisper import encode
 from common.windows import decode_windows
 from evaluation.scores import Scores, transcribe
-from evaluation.systems import System
 
 NAME = "audit.csv"
 FAR = 3.5  # robust z-scores beyond it are outliers (Iglewicz and Hoaglin, 1993)

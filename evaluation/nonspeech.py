@@ -21,9 +21,9 @@ from common.audio import CHUNK_SECONDS, SAMPLE_RATE, decode_flac, encode_flac
 from common.levels import MIN_PAUSE_SECONDS, lengthen, longest_pause, num_samples
 from common.predictions import Prediction, written_languages
 from common.prepared import column
+from common.systems import System
 from evaluation import sounds
 from evaluation.scores import Panel, Scores, transcribe
-from evaluation.systems import System
 
 FILE_NAME = "nonspeech.jsonl"
 SEED = 0

@@ -13,11 +13,11 @@ from common.memory import peak_memory_gib
 from common.metrics import ClipCounts
 from common.predictions import DecodeOptions, Prediction
 from common.prepared import column, load_prepared
+from common.systems import System
 from common.windows import POSITIONS_PER_SECOND
 from evaluation.breakdown import breakdown, words_of
 from evaluation.confusions import confusions
 from evaluation.statistics import confidence_correlation
-from evaluation.systems import System
 
 WORST_CLIPS = 20
 

@@ -16,9 +16,9 @@ import eval_wer
 from common import cli, labels
 from common.predictions import Prediction, collator_for
 from common.prepared import load_prepared
+from common.systems import load_system
 from common.whisper import features
 from evaluation import audit
-from evaluation.systems import load_system
 
 TEXTS = ["एक दोन तीन", "चार पाच सहा", "सात आठ घर", "पाणी शाळा नदी", "दोन चार आठ", "घर नदी एक"] * 5
 

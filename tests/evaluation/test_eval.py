@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import eval_wer
 import train_lora
-from common import cli, labels, predictions, provenance, whisper
+from common import cli, labels, predictions, provenance, systems, whisper
 from common.prepared import load_prepared
-from evaluation import report, systems
+from evaluation import report
 from evaluation.scores import worst_clips
 
 

@@ -1,0 +1,176 @@
+"""Transcripts of recordings of any length: txt, srt, vtt, tsv and json, with a time for every word.
+
+    python transcribe.py --audio interview.mp4 --model openai/whisper-small --adapter run/adapter
+
+Speech is found by Silero VAD, cut at pauses, and decoded in batches at the window that the model
+was trained for, by the decoder of eval_wer.py. A folder is resumed where a run was killed.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import cli, labels, precision, whisper
+from common.accelerator import close, open_accelerator, say
+from common.languages import language_code
+from common.precision import DTYPES, Precision
+from common.systems import load_system
+from common.windows import DecodeWindowMode
+from transcription.formats import FORMATS
+from transcription.media import announced_seconds, check_installed
+from transcription.pipeline import Work, groups, read_stretches, transcribe_group
+from transcription.progress import Meter
+from transcription.pseudo_labels import check_place, write_manifest
+from transcription.record import describe, open_folder, unfinished, write_failed
+from transcription.recordings import find_recordings
+from transcription.segments import Options, find_heads
+from transcription.vad import load_vad
+
+
+@dataclass
+class Config:
+    """Transcripts and subtitles of recordings."""
+
+    audio: str = os.environ.get("SM_CHANNEL_AUDIO", "")  # audio or video file, folder, or manifest
+    model: str = "openai/whisper-small"  # base or full fine-tune: a folder or a Hub id
+    adapter: str = ""  # folder of an adapter; empty: --model alone
+    language: str = ""  # code or name; empty: detected for each file
+    language_by_segment: bool = False  # detect the language of every segment instead
+    task: str = "transcribe"  # transcribe, or translate into English
+    formats: str = "txt,srt,json"  # of txt, srt, vtt, tsv and json
+    word_times: bool = True  # time every word
+    min_pause: float = 0.5  # seconds without speech that end a segment
+    no_speech: float = 0.7  # drop a segment if the model is this sure that nobody speaks
+    context: DecodeWindowMode = "auto"  # natural follows the speech, full is 30 s, auto: as trained
+    batch_seconds: float = 240.0  # seconds of audio window per batch
+    precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
+    manifest: str = ""  # JSON lines of pseudo-labels for preprocess.py; empty: none
+    min_confidence: float = 0.5  # probability of a token, on average, of a row of the manifest
+    min_language: float = 0.5  # probability of the language of a row of the manifest
+    output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "transcripts")  # for the transcripts
+
+
+def check(config: Config) -> None:
+    """Refuse impossible options, all of them in one message."""
+    formats = config.formats.split(",")
+    unknown = [name for name in formats if name not in FORMATS]
+    cli.refuse(
+        [
+            (not config.audio, "--audio is empty: give a file, a folder or a manifest"),
+            (
+                bool(unknown),
+                f"--formats {config.formats}: {', '.join(unknown) or 'nothing'} is not a format: "
+                f"give some of {','.join(FORMATS)}",
+            ),
+            (
+                len(set(formats)) < len(formats),
+                f"--formats {config.formats}: names one twice: keep one",
+            ),
+            (
+                bool(config.language) and config.language_by_segment,
+                f"--language {config.language}: is not detected: leave out "
+                "--language_by_segment true, or --language",
+            ),
+            (
+                bool(config.manifest) and "json" not in formats,
+                f"--manifest {config.manifest}: is made from json transcripts: add json to "
+                "--formats",
+            ),
+            *cli.out_of_range(
+                config,
+                positive=["batch_seconds", "min_pause", "no_speech"],
+                shares=["min_confidence", "min_language"],
+            ),
+        ]
+    )
+    check_installed()
+
+
+def main(config: Config) -> None:
+    check(config)
+    whisper.quiet_libraries()
+    config = replace(config, precision=precision.choose(config.precision))
+    recordings, passed_over = find_recordings(config.audio)
+    if passed_over:
+        print(f"not read: {passed_over}")
+
+    if config.manifest:
+        check_place(Path(config.manifest), recordings)
+
+    # ------ model
+    vad = load_vad()
+    accelerator = open_accelerator(precision=config.precision, timeout_minutes=120.0)
+    if accelerator.num_processes > 1:
+        raise cli.UserError(
+            f"transcribe.py was started as {accelerator.num_processes} processes: start it with "
+            "python, and give each GPU a part of the recordings"
+        )
+    tokenizer = labels.load_tokenizer(config.model, config.language, config.task)
+    codes = {own.language for own in recordings if own.language}
+    unknown = [code for code in sorted(codes) if not labels.has_language(tokenizer, code)]
+    if unknown:
+        raise cli.UserError(
+            f"--model {config.model}: cannot write {', '.join(unknown)}, the language of "
+            f"rows of --audio {config.audio}: give a multilingual model that has it"
+        )
+    system = load_system(
+        config.model,
+        config.adapter,
+        tokenizer,
+        accelerator,
+        window_mode=config.context,
+        dtype=DTYPES[config.precision],
+    )
+    folder, formats = Path(config.output_dir), config.formats.split(",")
+    open_folder(folder, config, system)
+
+    # ------ recordings
+    left = unfinished(groups(recordings), folder, formats)
+    num_left = sum(map(len, left))
+    say(
+        accelerator,
+        f"{len(recordings)} recordings, {len(recordings) - num_left} transcribed before; "
+        f"{system.name}, {system.window_mode} window, {config.precision}",
+    )
+    meter = Meter(sum(announced_seconds(recording.path) for group in left for recording in group))
+    language = language_code(config.language, "--language") if config.language else ""
+    options = Options(config.task, config.batch_seconds, no_speech_at=config.no_speech)
+    if config.word_times and left:
+        stretches = read_stretches(recordings, vad, config.min_pause)
+        options = replace(options, heads=find_heads(system, stretches, language, options))
+        if not options.heads:
+            say(accelerator, "warning: no heads of alignment found: words get no times")
+    work = Work(
+        system=system,
+        vad=vad,
+        options=options,
+        formats=formats,
+        folder=folder,
+        header=describe(config, system),
+        language=language,
+        by_segment=config.language_by_segment,
+        min_pause=config.min_pause,
+        progress=meter.add,
+    )
+    failed = {}
+    for group in left:
+        written, reasons = transcribe_group(group, work)
+        failed |= reasons
+        meter.report(written)
+
+    # ------ results
+    meter.summarise()
+    close(accelerator)
+    write_failed(folder, failed)
+    if config.manifest:
+        limits = {"min_confidence": config.min_confidence, "min_language": config.min_language}
+        print(write_manifest(Path(config.manifest), folder, recordings, **limits))
+    for recording, reason in failed.items():
+        print(f"failed: {recording.path}: {reason}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
