@@ -7,7 +7,7 @@ SMALL :=
 
 .PHONY: demo test lint
 
-.venv/.ready: requirements.txt requirements-dev.txt
+.venv/.ready: requirements.txt requirements-export.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(RUN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
