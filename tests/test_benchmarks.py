@@ -223,7 +223,7 @@ def test_kills_are_counted_and_runs_compared(tmp_path):
     """In a process of its own, because it forks."""
     words = ["-m", "benchmarks.kill_resume", "--kills", "3", "--kills_per_run", "2"]
     words += ["--max_steps", "12", "--output_dir", str(tmp_path / "killed")]
-    done = subprocess.run([sys.executable, *words], cwd=launch.ROOT, capture_output=True, text=True)
+    done = launch.finish([sys.executable, *words])
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "killed" / "kill_resume.json").read_text(encoding="utf-8"))
     assert found["kills"] >= 3
@@ -239,7 +239,7 @@ def test_an_engine_is_compared_with_one_process_and_its_bytes_are_counted(
         pytest.skip("needs root for network namespaces")
     monkeypatch.setattr(engines, "ENGINES", {"one process": "", "DDP": "multi_node"})
     config = engines.Config(
-        str(prepared), str(checkpoint), str(tmp_path / "engines"), tunes="lora", max_steps=30
+        str(prepared), str(checkpoint), str(tmp_path / "engines"), tunes="lora", max_steps=16
     )
     engines.main(config)
     found = json.loads((tmp_path / "engines" / "engines.json").read_text(encoding="utf-8"))["lora"]

@@ -57,13 +57,23 @@ def test_the_device_is_loaded_before_torch_or_not_at_all():
         device.load()
 
 
-def test_products_are_in_the_precision_asked_for_and_sums_in_float32():
-    halves = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    kinds = [{"precision": one} for one in halves]
-    kinds += [{"quantize": "int8"}, {"quantize": "nf4", "precision": "fp16"}, {"tune": "full"}]
-    cases = [{"model": "tiny", "positions": 320, "clips": 2} | kind for kind in kinds]
-    for kind, figures in zip(kinds, simulate(cases), strict=True):
-        half, found = halves[kind.get("precision", "bf16")], figures["dtypes"]
+HALVES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+KINDS = [
+    *({"precision": name} for name in HALVES),
+    {"quantize": "int8"}, {"quantize": "nf4", "precision": "fp16"}, {"tune": "full"},
+]  # fmt: skip
+TINY = {"model": "tiny", "positions": 320, "clips": 2}
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Figures of KINDS and of `cases`, from one process."""
+    return list(simulate([*(TINY | kind for kind in KINDS), *cases()]))
+
+
+def test_products_are_in_the_precision_asked_for_and_sums_in_float32(simulated):
+    for kind, figures in zip(KINDS, simulated[: len(KINDS)], strict=True):
+        half, found = HALVES[kind.get("precision", "bf16")], figures["dtypes"]
         for layer in ("q_proj", "cross k_proj", "fc1", "fc2"):
             assert found[layer].endswith(f"-> {half}"), (kind, layer, found)
         if "quantize" in kind:
@@ -89,8 +99,9 @@ def cases():
     return [{"model": model} | case for model, own in named for case in own]
 
 
-def test_the_estimate_is_within_fifteen_per_cent_of_the_simulated_peak_and_hardly_below():
-    for figures in simulate(cases()):
+def test_the_estimate_is_within_fifteen_per_cent_of_the_simulated_peak_and_hardly_below(simulated):
+    assert len(simulated) == len(KINDS) + len(cases())
+    for figures in simulated[len(KINDS) :]:
         estimate, peak = simulated_memory.estimate_gib(figures), figures["peak"] / 2**30
         told = {name: figures[name] for name in figures if name not in ("ops", "config", "dtypes")}
         assert 0.95 < estimate / peak < 1.15, f"{estimate:.2f} GiB by formula, {peak:.2f}: {told}"

@@ -44,9 +44,9 @@ def run_both(options, config):
 
 @pytest.mark.parametrize("config", ["multi_node", "deepspeed_zero2"])
 def test_two_machines_train_as_one_process_lose_one_and_go_on(
-    nodes, checkpoint, prepared, tmp_path, config
+    nodes, checkpoint, train_only, tmp_path, config
 ):
-    options = small_options(checkpoint, prepared, tmp_path, save_every=2, eval_every=100)
+    options = small_options(checkpoint, train_only, tmp_path, save_every=2)
     options |= {"max_steps": 60, "collective_timeout": 0.5}
     whole = options | {"output_dir": str(tmp_path / "whole")}
     train(whole)
