@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machines, process
+from benchmarks import baseline, machines, process
 from common import cli
 from common.files import write_json, write_text
 
@@ -54,7 +54,7 @@ def train(config: Config, tune: str, name: str, port: int, output: Path) -> dict
         "--max_steps", str(config.max_steps), "--global_batch_size", "8", "--tune", tune,
         "--learning_rate", rate, "--log_every", "1", "--eval_every", "1000000",
         "--save_every", "1000000", "--eval_clips", str(config.eval_clips), "--num_workers", "1",
-        "--max_batch_seconds", "30",
+        "--max_batch_seconds", "30", "--lora_targets", baseline.TARGETS, "--nospeech_share", "0",
     ]  # fmt: skip
     commands = []
     for node in range(2 if ENGINES[name] else 1):

@@ -245,10 +245,10 @@ def decode(case: Case, base: WhisperForConditionalGeneration, meter: Any) -> dic
     start, meter.peak, meter.kernels = meter.live, meter.live, 0
     meter.ops.clear()
     with torch.no_grad():  # in inference mode, which `decode` is in, there are no fake kernels
-        decoding.decode_at_once.__wrapped__(
+        waves = torch.zeros(case.clips, samples, dtype=torch.int16)
+        decoding.decode_encoded.__wrapped__(
             base,
-            torch.zeros(case.clips, samples, dtype=torch.int16),
-            windows=[case.positions] * case.clips,
+            decoding.encode_windows(base, waves, [case.positions] * case.clips),
             languages=["mr"] * case.clips,
             task="transcribe",
             caps=[case.tokens] * case.clips,

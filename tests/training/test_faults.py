@@ -250,7 +250,7 @@ def test_a_read_only_output_is_one_line(options, tmp_path):
 def test_when_one_of_two_processes_runs_out_of_memory_both_halve_and_the_losses_stay(
     options, tmp_path
 ):
-    plain = options | {"global_batch_size": 8, "max_batch_seconds": 1000.0}
+    plain = options | {"global_batch_size": 8, "max_batch_seconds": 1000.0, "nospeech_share": 0.0}
     train(plain)
     halved = plain | {"output_dir": str(tmp_path / "halved")}
     done = launch.run("tests/out_of_memory.py", halved, processes=2)

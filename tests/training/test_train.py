@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import eval_wer
-from common import cli, predictions, whisper
+from common import cli, predictions, whisper, windows
 from common.batching import MicroBatch
 from common.collator import load_batches
 from common.prepared import label_lengths, load_prepared
@@ -223,7 +223,7 @@ def test_checkpoints_hold_no_base_and_only_the_newest_are_kept(finished):
 def test_the_recipe_and_the_window_lie_beside_the_adapter(finished):
     for name in ("adapter", "adapter_best"):
         made = read_json(finished, f"{name}/recipe.json")
-        assert made["window"]["train_margin"] == [32, 160]
+        assert made["window"]["train_margin"] == list(windows.TRAIN_MARGIN)
         assert made["config"]["lora_rank"] == 4
         assert made["versions"]["peft"]
         assert "commit" in made
@@ -342,6 +342,7 @@ def test_a_step_that_starts_again_has_the_gradient_of_one_that_does_not(
     """Memory runs out in the first, second or last of four pieces, before or after its graph."""
     stock = steps.batch_loss
     pieces = {"context": "full", "max_batch_seconds": 60.0, "global_batch_size": 7}
+    pieces |= {"nospeech_share": 0.0}
     plain = unvalidated | pieces | {"lora_dropout": 0.5, "max_steps": 2}
     train(plain)
     for failing, computed in [(0, True), (1, True), (3, True), (3, False)]:
