@@ -656,6 +656,17 @@ def test_patience_ends_a_run_and_the_same_command_does_not_continue_it(options, 
     assert (told["steps"], told["ended_by"], told["best"]["step"]) == (6, "", 6)
 
 
+@pytest.mark.slow
+def test_patience_ends_both_of_two_processes_at_the_same_step(options):
+    high = options | {"patience": 1, "eval_every": 1, "max_steps": 12, "learning_rate": 1.0}
+    done = launch.run("train_lora.py", high, processes=2)
+    assert done.returncode == 0, done.stderr
+    figures = read_json(high, "train.json")
+    assert figures["ended_by"] == "--patience 1" and figures["steps"] < 12, figures
+    assert list(records(high, "eval_loss")) == list(range(1, figures["steps"] + 1))
+    assert list(records(high, "wer_raw")) == [figures["steps"]]
+
+
 def read_json_lines(options):
     return launch.Path(options["output_dir"], "metrics.jsonl").read_text(encoding="utf-8")
 
