@@ -32,6 +32,7 @@ CODECS = {"WEBM": ("MP3", "FLAC"), "MP4": ("MP3",)}  # whose headers begin like 
 CODEC_HEADER = 4096  # bytes of the first cluster of a webm in which such a header may be
 MPEG = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb\xf1\xf9]")  # a frame of mp3 or aac
 AAC = re.compile(rb"\xff[\xf1\xf9]")
+AAC_HEADER = 7  # bytes, which a frame's length counts
 AAC_FRAMES = 4  # that follow each other: by chance never
 COMPRESSED = ("MP3", "FLAC", "WEBM", "AMR", "WMA")  # whose bytes are as random ones
 TAG = re.compile(rb"ID3[\x02-\x04]\0[\0\x40\x80][\0-\x7f]{4}")
@@ -100,7 +101,7 @@ def _find_aac(data: Bytes, start: int) -> int:
         for _ in range(AAC_FRAMES - 1):
             length = int.from_bytes(data[position + 3 : position + 6], "big") >> 5 & 0x1FFF
             position += length
-            if data[position : position + 3] != head:
+            if length < AAC_HEADER or data[position : position + 3] != head:
                 break
         else:
             return match.start()

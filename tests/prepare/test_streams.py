@@ -336,6 +336,14 @@ def test_what_is_behind_the_first_file_is_refused_with_its_place_and_the_remedy(
     assert len(part) == SAMPLE_RATE, "a part of the first file needs no second"
 
 
+def test_bytes_of_an_mp3_that_look_like_an_aac_frame_of_no_length_are_no_second_file():
+    """In one of eighty files of Common Voice a frame holds such bytes by chance."""
+    data = MP3[0]
+    middle = len(data) // 2
+    odd = data[:middle] + bytes.fromhex("fff9d510001158") + data[middle + 7 :]
+    assert len(read_audio(io.BytesIO(odd))) == len(read_audio(io.BytesIO(data)))
+
+
 @pytest.mark.parametrize("name", ["m4a", "fragments", "webm"])
 def test_joined_files_that_pyav_reads_follow_each_other(name):
     data = made(name)
