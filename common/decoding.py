@@ -9,9 +9,10 @@ H heads of width d, V vocabulary.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -28,6 +29,8 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from common.audio import SAMPLES_PER_POSITION
 from common.labels import MAX_LABELS, PROMPT_LENGTH, prompt_layout
 from common.whisper import encode
+
+R = TypeVar("R")  # what is computed of a clip
 
 SHRINK_AT = 0.8  # share of clips unfinished at which the finished ones leave the batch
 # A text loops where a run of tokens repeats this often and is at least this long in all. Of 639
@@ -52,6 +55,27 @@ class Decoded:
     logprob: float | None  # mean over its tokens and the end token; None: not greedy
 
 
+def in_halves(compute: Callable[[slice], list[R]], clips: int) -> list[R]:
+    """Results of a batch's clips; where it does not fit the GPU's memory, one half after the other.
+
+    Args:
+        compute: gives the results of some of the clips, which do not depend on the others.
+    """
+
+    def results(start: int, stop: int) -> list[R]:
+        try:
+            return compute(slice(start, stop))
+        except torch.OutOfMemoryError:
+            if stop - start == 1:
+                raise
+        clear_device_cache(garbage_collection=True)  # out of the handler, which holds the frames
+        middle = start + (stop - start) // 2
+        return results(start, middle) + results(middle, stop)
+
+    return results(0, clips)
+
+
+@torch.inference_mode()
 def decode(
     model: WhisperForConditionalGeneration,
     waves: torch.Tensor,
@@ -63,42 +87,9 @@ def decode(
     num_beams: int = 1,
     timestamps: bool = False,
 ) -> list[Decoded]:
-    """Transcribe a batch; where it does not fit the GPU's memory, one half after the other.
+    """Transcribe a batch, greedily or with beams, in halves where memory does not hold it.
 
-    The tokens of a clip do not depend on its batch. Arguments and result are those of
-    `decode_at_once`.
-    """
-    options = {"task": task, "num_beams": num_beams, "timestamps": timestamps}
-    try:
-        return decode_at_once(
-            model, waves, windows=windows, languages=languages, caps=caps, **options
-        )
-    except torch.OutOfMemoryError:
-        if len(caps) == 1:
-            raise
-    clear_device_cache(garbage_collection=True)  # out of the handler, which holds the frames
-    middle, texts = len(caps) // 2, []
-    for half in (slice(middle), slice(middle, None)):
-        own = None if languages is None else languages[half]
-        texts += decode(
-            model, waves[half], windows=windows[half], languages=own, caps=caps[half], **options
-        )
-    return texts
-
-
-@torch.inference_mode()
-def decode_at_once(
-    model: WhisperForConditionalGeneration,
-    waves: torch.Tensor,
-    *,
-    windows: Sequence[int],
-    languages: Sequence[str] | None,
-    task: str,
-    caps: Sequence[int],
-    num_beams: int = 1,
-    timestamps: bool = False,
-) -> list[Decoded]:
-    """Encode a batch once, then decode it greedily or with beams.
+    The tokens of a clip do not depend on its batch.
 
     Args:
         waves: int16 (B, N); what lies after a clip's window is not looked at.
@@ -111,10 +102,15 @@ def decode_at_once(
     Returns:
         (B) texts.
     """
-    return decode_encoded(
-        model, encode_windows(model, waves, windows), languages=languages, task=task, caps=caps,
-        num_beams=num_beams, timestamps=timestamps,
-    )  # fmt: skip
+
+    def part(rows: slice) -> list[Decoded]:
+        return decode_encoded(
+            model, encode_windows(model, waves[rows], windows[rows]),
+            languages=None if languages is None else languages[rows], task=task,
+            caps=caps[rows], num_beams=num_beams, timestamps=timestamps,
+        )  # fmt: skip
+
+    return in_halves(part, len(caps))
 
 
 @torch.inference_mode()
@@ -128,7 +124,7 @@ def decode_encoded(
     num_beams: int = 1,
     timestamps: bool = False,
 ) -> list[Decoded]:
-    """Decode clips that `encode_windows` has encoded; else as `decode_at_once`."""
+    """Decode clips that `encode_windows` has encoded, all at once; else as `decode`."""
     if timestamps or (num_beams == 1 and _is_plain_greedy(model.generation_config)):
         prompts = _prompts(model, languages, task, len(caps))
         if not timestamps:

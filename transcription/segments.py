@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache
 
 from common import batching, decoding, labels, windows
-from common.audio import SAMPLES_PER_POSITION
 from common.batching import DecodeBatch
-from common.predictions import token_cap
+from common.predictions import collator_for, token_cap
 from common.systems import System
 from transcription.alignment import Text, align, choose_heads, configured_heads
 from transcription.stretches import Stretch
@@ -116,18 +114,19 @@ def _decode_batch(
     batch: DecodeBatch,
     options: Options,
 ) -> dict[int, Segment]:
-    """Segments by index; where the batch does not fit the GPU's memory, one half after another."""
-    try:
-        return _decode_at_once(system, stretches, languages, batch, options)
-    except torch.OutOfMemoryError:
-        if len(batch.clips) == 1:
-            raise
-    clear_device_cache(garbage_collection=True)  # out of the handler, which holds the frames
-    middle, segments = len(batch.clips) // 2, {}
-    for half in (slice(middle), slice(middle, None)):
-        part = DecodeBatch(batch.clips[half], batch.windows[half])
-        segments |= _decode_batch(system, stretches, languages, part, options)
-    return segments
+    """Segments by index."""
+
+    def part(rows: slice) -> list[Segment]:
+        own = DecodeBatch(batch.clips[rows], batch.windows[rows])
+        return _decode_at_once(
+            system,
+            [stretches[index] for index in own.clips],
+            [languages[index] for index in own.clips],
+            own,
+            options,
+        )
+
+    return dict(zip(batch.clips, decoding.in_halves(part, len(batch.clips)), strict=True))
 
 
 def _decode_at_once(
@@ -136,14 +135,13 @@ def _decode_at_once(
     languages: Sequence[str],
     batch: DecodeBatch,
     options: Options,
-) -> dict[int, Segment]:
+) -> list[Segment]:
+    """Segments (B) of the stretches of a batch, which have languages (B)."""
     model, tokenizer = system.model, system.tokenizer
-    own = [stretches[index] for index in batch.clips]
-    encoded = decoding.encode_windows(model, _waves(own, batch.window), batch.windows)
+    encoded = _encode(system, stretches, batch)
     start = decoding.start_probabilities(model, encoded).cpu()  # (B, V)
     silent = no_speech_probabilities(start, tokenizer)
-    codes = [languages[index] for index in batch.clips]
-    likely = [None] * len(own)
+    codes, likely = languages, [None] * len(stretches)
     if model.generation_config.is_multilingual:
         choices = [
             choose_language(row, model.generation_config.lang_to_id, code)
@@ -155,18 +153,18 @@ def _decode_at_once(
         encoded,
         languages=codes if model.generation_config.is_multilingual else None,
         task=options.task,
-        caps=[token_cap(stretch.seconds, TOKENS_PER_SECOND) for stretch in own],
+        caps=[token_cap(stretch.seconds, TOKENS_PER_SECOND) for stretch in stretches],
     )
-    words = _word_times(system, own, encoded, codes, texts, options)
-    segments = {}
-    for row, (index, stretch, text) in enumerate(zip(batch.clips, own, texts, strict=True)):
+    words = _word_times(system, stretches, encoded, codes, texts, options)
+    segments = []
+    for row, (stretch, text) in enumerate(zip(stretches, texts, strict=True)):
         cap = token_cap(stretch.seconds, TOKENS_PER_SECOND)
         dropped = ""
         if decoding.loops(text.tokens) or len(text.tokens) >= cap:
             dropped = FAILED
         if silent[row] is not None and silent[row] > options.no_speech_at:
             dropped = "no_speech"
-        segments[index] = Segment(
+        segment = Segment(
             start=_rounded(stretch.speech_start, 2),
             end=_rounded(stretch.speech_end, 2),
             text=tokenizer.decode(text.tokens, skip_special_tokens=True).strip(),
@@ -178,6 +176,7 @@ def _decode_at_once(
             dropped=dropped,
             words=words[row],
         )
+        segments.append(segment)
     return segments
 
 
@@ -186,13 +185,14 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def _waves(stretches: Sequence[Stretch], window: int) -> torch.Tensor:
-    """int16 (B, N), padded with silence."""
-    waves = torch.zeros(len(stretches), window * SAMPLES_PER_POSITION, dtype=torch.int16)
-    for row, stretch in enumerate(stretches):
-        samples = torch.from_numpy(stretch.samples)[: waves.shape[1]]
-        waves[row, : len(samples)] = samples
-    return waves
+@torch.inference_mode()
+def _encode(
+    system: System, stretches: Sequence[Stretch], batch: DecodeBatch
+) -> list[tuple[list[int], torch.Tensor]]:
+    """The stretches of a batch, as `decoding.encode_windows` encodes them."""
+    rows = [{"audio": stretch.samples} for stretch in stretches]
+    waves = collator_for(system.model).waves(rows, batch.window)["waves"]
+    return decoding.encode_windows(system.model, waves, batch.windows)
 
 
 # ------ languages and speech
@@ -237,7 +237,7 @@ def detect_language(
     ids = list(tokens.values())
     for batch in _plan(system, stretches, options, system.window_mode):
         own = [stretches[index] for index in batch.clips]
-        encoded = decoding.encode_windows(system.model, _waves(own, batch.window), batch.windows)
+        encoded = _encode(system, own, batch)
         shares = decoding.start_probabilities(system.model, encoded).cpu()[:, ids]
         seconds = torch.tensor([stretch.seconds for stretch in own])
         total += (seconds[:, None] * shares / shares.sum(dim=1, keepdim=True)).sum(dim=0)
@@ -275,10 +275,7 @@ def find_heads(
         if segment.dropped or len(tokens) < HEAD_TOKENS:
             continue
         [batch] = _plan(system, [stretch], options, system.window_mode)
-        encoded = decoding.encode_windows(
-            system.model, _waves([stretch], batch.window), batch.windows
-        )
-        [(_, states)] = encoded
+        [(_, states)] = _encode(system, [stretch], batch)
         prompt = labels.prompt(system.tokenizer, segment.language, options.task)
         positions = min(windows.positions(stretch.seconds), states.shape[1])
         clips.append((states, Text(prompt, tokens, positions)))

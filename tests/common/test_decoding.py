@@ -112,15 +112,15 @@ def test_a_batch_that_does_not_fit_is_decoded_in_halves_with_the_same_tokens(
     options = {"caps": caps, "languages": ["mr", "hi", "mr", "hi", "mr"], "num_beams": num_beams}
     options["windows"] = [300, 128, 200, 128, 300]
     whole = decode(ending, inputs, **options)
-    stock, sizes = decoding.decode_at_once, []
+    stock, sizes = decoding.encode_windows, []
 
-    def only_two_fit(model, part, **given):
+    def only_two_fit(model, part, windows):
         sizes.append(len(part))
         if len(part) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return stock(model, part, **given)
+        return stock(model, part, windows)
 
-    monkeypatch.setattr(decoding, "decode_at_once", only_two_fit)
+    monkeypatch.setattr(decoding, "encode_windows", only_two_fit)
     assert decode(ending, inputs, **options) == whole
     assert sizes == [5, 2, 3, 1, 2]
 

@@ -1,6 +1,7 @@
 """Tokens in time, and words in any script."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import tiny
 import torch
 
 from common import decoding, labels
-from transcription import alignment
+from common.batching import DecodeBatch
+from transcription import alignment, segments
 from transcription.alignment import Text
 from transcription.words import split_words
 
@@ -86,3 +88,11 @@ def test_words_joined_are_the_text_and_their_tokens_follow_one_another(
     assert [word.text for word in made] == words
     assert [word.start for word in made] == [0, *(word.end for word in made)][: len(made)]
     assert not made or made[-1].end == len(tokens)
+
+
+def test_stretches_are_encoded_without_a_graph_that_holds_what_each_layer_computed(base):
+    stretch = SimpleNamespace(samples=np.zeros(16_000, np.int16))
+    batch = DecodeBatch((0,), (128,))
+    [(rows, states)] = segments._encode(SimpleNamespace(model=base), [stretch], batch)
+    assert rows == [0] and states.shape[:2] == (1, 128)
+    assert not states.requires_grad
