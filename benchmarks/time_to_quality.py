@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import matplotlib
 
-from benchmarks import baseline, process
-from benchmarks.versus_recipe import baseline_stages, training_speed
+from benchmarks import process
+from benchmarks.versus_recipe import baseline_stages, our_training, run_preprocess
 from common import cli
 from common.files import write_json
 from common.provenance import describe_run
@@ -53,44 +53,19 @@ class Config:
 # ------ runs
 
 
-def prepare(config: Config, data: Path) -> None:
-    """Our prepared dataset, for all runs."""
-    process.run(
-        [
-            "preprocess.py", "--source", config.data_dir, "--language", config.language,
-            "--model", config.model, "--output_dir", data, "--num_workers", baseline.NUM_WORKERS,
-        ],
-        data.parent / "prepare.log",
-    )  # fmt: skip
-
-
 def run_ours(config: Config, data: Path, run: Path, clips: int, seed: int) -> dict[str, Any]:
     """Train one adapter, and score it at both windows."""
     batch = config.global_batch_size
-    process.run(
-        [
-            "train_lora.py", "--model", config.model, "--data_dir", data, "--output_dir", run,
-            "--global_batch_size", batch, "--max_steps", max(1, round(clips / batch)), "--seed",
-            seed, "--precision", config.precision, "--learning_rate", config.learning_rate,
-            "--eval_every", 10**6, "--save_every", 10**6, "--num_workers", baseline.NUM_WORKERS,
-        ],
-        run.parent / f"{run.name}_train.log",
-    )  # fmt: skip
-    speed = training_speed(run / "metrics.jsonl", batch, data)
-    made = {"clips": speed["clips"], "steps": speed["steps"], "seconds": speed["seconds"]}
-    for window in WINDOWS:
-        process.run(
-            [
-                "eval_wer.py", "--model", config.model, "--adapter", run / "adapter", "--data_dir",
-                data, "--context", window, "--precision", config.precision, "--output_dir",
-                run / window, "--panels", "false",
-            ],
-            run.parent / f"{run.name}_{window}.log",
-        )  # fmt: skip
-        scored = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
-        rates = scored["normalisers"]["raw"]
-        made[window] = {"wer": rates["wer"], "cer": rates["cer"]}
-    return made
+    options = [
+        "--global_batch_size", batch, "--max_steps", max(1, round(clips / batch)), "--seed", seed,
+        "--precision", config.precision, "--learning_rate", config.learning_rate,
+    ]  # fmt: skip
+    stages = our_training(config.model, run, data, config.precision, options)
+    scores = {
+        window: stages[stage]["scores"]
+        for window, stage in zip(WINDOWS, ("evaluate", "evaluate_full"), strict=True)
+    }
+    return {name: stages["train"][name] for name in ("clips", "steps", "seconds")} | scores
 
 
 def is_as_good(ours: dict[str, Any], recipe: dict[str, Any]) -> bool:
@@ -170,7 +145,8 @@ def plot(seeds: list[dict[str, Any]], file: Path) -> None:
 def main(config: Config) -> None:
     output = process.new_output(config.output_dir)
     output.mkdir(parents=True)
-    prepare(config, output / "data")
+    data, log = output / "data", output / "prepare.log"
+    run_preprocess(config.data_dir, config.language, config.model, data, log)
     seeds = [measure(config, output, int(seed)) for seed in config.seeds.split(",")]
     write_json(output / "time_to_quality.json", {"seeds": seeds} | describe_run(config))
     plot(seeds, output / "time_to_quality.png")

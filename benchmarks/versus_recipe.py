@@ -124,13 +124,8 @@ def our_stages(config: Config, work: Path, precision: str, seed: int) -> dict[st
     """
     work.mkdir()
     data = work / "data"
-    cost = process.run(
-        [
-            "preprocess.py", "--source", config.data_dir, "--language", config.language,
-            "--model", config.model, "--output_dir", data, "--num_workers", baseline.NUM_WORKERS,
-        ],
-        work.parent / f"{work.name}_prepare.log",
-    )  # fmt: skip
+    log = work.parent / f"{work.name}_prepare.log"
+    cost = run_preprocess(config.data_dir, config.language, config.model, data, log)
     prepare = {
         "clips": prepared_clips(data),
         "seconds": cost.seconds,
@@ -138,32 +133,52 @@ def our_stages(config: Config, work: Path, precision: str, seed: int) -> dict[st
         "peak_memory_gib": cost.peak_memory_gib,
         "bytes": folder_bytes(data),
     }
-    found = {"prepare": prepare} | our_training(config, work / "run", data, precision, seed)
-    only_decoder = ["--lora_scope", "decoder", "--cache_encoder", "true"]
-    cached = our_training(config, work / "cached", data, precision, seed, only_decoder)
+    same = [
+        "--global_batch_size", baseline.BATCH_SIZE, "--lora_targets", baseline.TARGETS,
+        "--nospeech_share", 0, "--max_steps", config.max_steps, "--context", config.context,
+        "--learning_rate", config.learning_rate, "--precision", precision, "--seed", seed,
+    ]  # fmt: skip
+    found = {"prepare": prepare} | our_training(config.model, work / "run", data, precision, same)
+    only_decoder = [*same, "--lora_scope", "decoder", "--cache_encoder", "true"]
+    cached = our_training(config.model, work / "cached", data, precision, only_decoder)
     cache = work / "cached" / "encoder_cache"
     cached["train"]["cache_bytes"] = folder_bytes(cache)
     shutil.rmtree(cache)
     return found | {f"cached_{stage}": figures for stage, figures in cached.items()}
 
 
+def run_preprocess(
+    source: str, language: str, model: str, data: Path, log: Path
+) -> process.Measured:
+    """Run our preprocess.py into the folder `data`."""
+    return process.run(
+        [
+            "preprocess.py", "--source", source, "--language", language, "--model", model,
+            "--output_dir", data, "--num_workers", baseline.NUM_WORKERS,
+        ],
+        log,
+    )  # fmt: skip
+
+
 def our_training(
-    config: Config, run: Path, data: Path, precision: str, seed: int, more: Sequence[str] = ()
+    model: str, run: Path, data: Path, precision: str, options: Sequence[Any]
 ) -> dict[str, Any]:
-    """Train one adapter and score it at both windows."""
+    """Train one adapter for an epoch at most, and score it at both windows.
+
+    Args:
+        precision: of the scoring.
+        options: of the training, besides its folders.
+    """
     commands = {
         "train": [
-            "train_lora.py", "--model", config.model, "--data_dir", data, "--output_dir", run,
-            "--global_batch_size", baseline.BATCH_SIZE, "--num_epochs", 1,
-            "--max_steps", config.max_steps, "--precision", precision, "--seed", seed,
-            "--learning_rate", config.learning_rate, "--context", config.context,
-            "--eval_every", 10**6, "--save_every", 10**6, "--num_workers", baseline.NUM_WORKERS,
-            "--lora_targets", baseline.TARGETS, "--nospeech_share", 0, *more,
+            "train_lora.py", "--model", model, "--data_dir", data, "--output_dir", run,
+            "--num_epochs", 1, "--eval_every", 10**6, "--save_every", 10**6, "--num_workers",
+            baseline.NUM_WORKERS, *options,
         ],
     }  # fmt: skip
     for window in ("natural", "full"):
         commands[window] = [
-            "eval_wer.py", "--model", config.model, "--adapter", run / "adapter", "--data_dir",
+            "eval_wer.py", "--model", model, "--adapter", run / "adapter", "--data_dir",
             data, "--context", window, "--precision", precision, "--output_dir", run / window,
             "--panels", "false",
         ]  # fmt: skip
@@ -176,7 +191,8 @@ def our_training(
         for name, cost in costs.items()
     }
     told = json.loads((run / "train.json").read_text(encoding="utf-8"))
-    found["train"] |= training_speed(run / "metrics.jsonl", baseline.BATCH_SIZE, data)
+    batch_size = told["config"]["global_batch_size"]
+    found["train"] |= training_speed(run / "metrics.jsonl", batch_size, data)
     found["train"] |= {name: told[name] for name in ("first_step_seconds", "encoder_cache_seconds")}
     for window in ("natural", "full"):
         told = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
