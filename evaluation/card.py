@@ -29,14 +29,14 @@ MARKER = "<!-- Written by eval_wer.py, sha256 of the lines above: "
 HUB_CODES = {"jw": "jv"}  # Whisper's code for Javanese is not in ISO 639
 KEY_OPTIONS = (
     "tune", "lora_rank", "lora_alpha", "lora_targets", "lora_scope", "lora_dropout",
-    "learning_rate", "schedule", "warmup_ratio", "weight_decay", "global_batch_size", "quantize",
-    "precision", "context", "seed",
+    "nospeech_share", "learning_rate", "schedule", "warmup_ratio", "weight_decay",
+    "global_batch_size", "quantize", "precision", "context", "seed",
 )  # fmt: skip
 # Options that change no weight, and those that name places of the machine.
 OMITTED_OPTIONS = {
-    "model", "data_dir", "output_dir", "cache_dir", "max_minutes", "max_batch_seconds",
-    "memory_gib", "save_every", "save_every_minutes", "keep_checkpoints", "log_every", "resume",
-    "resume_changed", "collective_timeout", "num_workers",
+    "model", "data_dir", "output_dir", "cache_dir", "init_adapter", "max_minutes",
+    "max_batch_seconds", "memory_gib", "save_every", "save_every_minutes", "keep_checkpoints",
+    "log_every", "resume", "resume_changed", "collective_timeout", "num_workers",
 }  # fmt: skip
 BREAKDOWNS = {
     "duration": "duration of the clip", "language": "language",

@@ -127,6 +127,12 @@ def test_the_same_results_give_the_same_card_in_any_folder_at_any_speed(scored, 
     assert render(results, scored) == read_card(scored)
 
 
+def test_the_folder_of_an_adapter_that_a_run_went_on_from_is_not_shown():
+    options = {"init_adapter": "/home/anna/run/adapter", "nospeech_share": 0.05, "speed": 0.1}
+    record = {"config": options, "changed": ["init_adapter", "speed"]}
+    assert card.shown_options(record) == {"nospeech_share": 0.05, "speed": 0.1}
+
+
 def test_the_code_on_the_card_loads_the_adapter_plain_and_merged(scored, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", read_card(scored), flags=re.S)
     assert len(blocks) == 2
