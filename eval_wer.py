@@ -20,7 +20,7 @@ from common import cli, labels, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.files import write_json
 from common.precision import DTYPES, Precision
-from common.prepared import SPLITS, load_prepared
+from common.prepared import SPLITS, column, load_prepared
 from common.provenance import describe_run, hub_id, read_record
 from common.systems import check_languages, load_system
 from common.windows import DecodeWindowMode
@@ -125,7 +125,8 @@ def load_data(
             num_workers=config.num_workers, quiet=not accelerator.is_main_process, **options,
         )  # fmt: skip
         option = options.get("folder_option", "--data_dir")
-        check_languages(config.model, folder, tokenizer, clips.dataset, option)
+        codes = map(str, column(clips.dataset, "language"))
+        check_languages(config.model, tokenizer, codes, f"clips in {option} {folder}")
         say(
             accelerator,
             f"{shown}: {clips.size}, {accelerator.num_processes} processes, {config.precision}",

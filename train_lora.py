@@ -32,7 +32,7 @@ from common.prepared import column, label_lengths
 from common.provenance import describe_run, hub_id
 from common.trained_on import hash_clips, pack
 from common.windows import WindowMode, window_policy
-from training import checkpoint, engine, lora
+from training import augment, checkpoint, engine, lora
 from training import output as outputs
 from training.data import Data, load_data
 from training.data import describe as describe_data
@@ -50,7 +50,6 @@ from training.step import StepOptions, make_state, train_step
 from training.stop import Stop, agree, listen
 from training.validation import Validation, evaluate
 
-MAX_SPEED_CHANGE = 0.5  # of --speed: twice as slow is no speech that anybody records
 FULL_RATE = 1e-4  # a higher learning rate is warned of in full fine-tuning
 # Options that a resumed run may change: none of them changes what is computed, but for rounding.
 FREE_ON_RESUME = {
@@ -140,7 +139,10 @@ def check(config: Config) -> None:
             quantize=config.quantize, cache_encoder=config.cache_encoder,
             init_adapter=config.init_adapter,
         )
-        + augmentation_problems(config)
+        + augment.problems(
+            speed=config.speed, spec_augment=config.spec_augment,
+            cache_encoder=config.cache_encoder,
+        )
         + cli.out_of_range(
             config,
             positive=(
@@ -154,24 +156,6 @@ def check(config: Config) -> None:
             shares=("warmup_ratio", "lora_dropout", "nospeech_share", "speed"),
         )
     )  # fmt: skip
-
-
-def augmentation_problems(config: Config) -> list[tuple[bool, str]]:
-    """Rules for `cli.refuse` about what changes the clips or is mixed between them."""
-    names = ("speed", "spec_augment")
-    changing = [name for name in names if getattr(config, name)]
-    return [
-        (
-            config.cache_encoder and bool(changing),
-            "--cache_encoder true: its outputs are of the clips as they are, which "
-            f"--{' and --'.join(changing)} would change in every epoch: give one or the other",
-        ),
-        (
-            config.speed > MAX_SPEED_CHANGE,
-            f"--speed {config.speed:g}: plays clips up to so much faster or slower: give at most "
-            f"{MAX_SPEED_CHANGE:g}, such as 0.1",
-        ),
-    ]
 
 
 # ------ build

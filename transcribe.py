@@ -15,7 +15,7 @@ from common import cli, labels, precision, whisper
 from common.accelerator import close, open_accelerator, say
 from common.languages import language_code
 from common.precision import DTYPES, Precision
-from common.systems import load_system
+from common.systems import check_languages, load_system
 from common.windows import DecodeWindowMode
 from transcription.formats import FORMATS
 from transcription.media import announced_seconds, check_installed
@@ -107,13 +107,8 @@ def main(config: Config) -> None:
             "python, and give each GPU a part of the recordings"
         )
     tokenizer = labels.load_tokenizer(config.model, config.language, config.task)
-    codes = {own.language for own in recordings if own.language}
-    unknown = [code for code in sorted(codes) if not labels.has_language(tokenizer, code)]
-    if unknown:
-        raise cli.UserError(
-            f"--model {config.model}: cannot write {', '.join(unknown)}, the language of "
-            f"rows of --audio {config.audio}: give a multilingual model that has it"
-        )
+    codes = [own.language for own in recordings if own.language]
+    check_languages(config.model, tokenizer, codes, f"rows of --audio {config.audio}")
     system = load_system(
         config.model,
         config.adapter,

@@ -24,6 +24,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 TIED = ("embed_tokens.weight", "proj_out.weight")  # one tensor, a row a token
 
 
+def read_config(adapter: str, option: str = "--adapter") -> PeftConfig:
+    """What kind of adapter a folder holds; raises UserError, naming `option`, if none."""
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+        if config.peft_type is None:
+            raise ValueError("its adapter_config.json names no peft_type")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{option} {adapter}: no LoRA adapter there ({first_line(error)}): "
+            "give the adapter folder that train_lora.py wrote"
+        ) from error
+    return config
+
+
 def load_adapter(
     base: WhisperForConditionalGeneration, adapter: str, option: str = "--adapter"
 ) -> PeftModel:
@@ -36,15 +50,7 @@ def load_adapter(
         UserError: no adapter there, one that is not in safetensors, or one of whose tensors not
             all belong to this base, which PEFT would load with a warning at most.
     """
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-        if config.peft_type is None:
-            raise ValueError("its adapter_config.json names no peft_type")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{option} {adapter}: no LoRA adapter there ({first_line(error)}): "
-            "give the adapter folder that train_lora.py wrote"
-        ) from error
+    config = read_config(adapter, option)
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise UserError(
             f"{option} {adapter}: is of the kind {config.peft_type.value}, which is not in the "

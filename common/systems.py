@@ -1,17 +1,16 @@
 """The systems that are scored: a base or an adapter on it, with the window it was trained for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
 from common import labels, predictions, whisper
 from common.accelerator import say
 from common.adapter import changes_nothing, check_base
 from common.cli import UserError
-from common.prepared import column
 from common.provenance import read_record
 from common.windows import DecodeMargin, DecodeWindowMode, decode_margin, trained_mode
 
@@ -31,23 +30,19 @@ class System:
 
 
 def check_languages(
-    model: str,
-    data_dir: str,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    option: str = "--data_dir",
+    model: str, tokenizer: PreTrainedTokenizerBase, codes: Iterable[str], where: str
 ) -> None:
-    """Refuse a model that has no token for a language of the clips.
+    """Refuse a model that has no token for one of the languages.
 
     Args:
-        option: that names the folder of the clips, for the message.
+        codes: of the languages.
+        where: they are met, for the message.
     """
-    codes = {str(code) for code in column(dataset, "language")}
-    unknown = sorted(code for code in codes if not labels.has_language(tokenizer, code))
+    unknown = sorted({code for code in codes if not labels.has_language(tokenizer, code)})
     if unknown:
         raise UserError(
-            f"--model {model}: cannot write {', '.join(unknown)}, the language of clips in "
-            f"{option} {data_dir}: give a multilingual model that has it"
+            f"--model {model}: cannot write {', '.join(unknown)}, the language of {where}: give a "
+            "multilingual model that has it"
         )
 
 

@@ -21,6 +21,25 @@ from common.audio import CHUNK_SECONDS, DYNAMIC_RANGE, LOG_FLOOR, SAMPLE_RATE, t
 NUM_MASKS = 2
 FREQUENCY_SHARE = 27 / 80
 TIME_SHARE = 0.1
+MAX_SPEED_CHANGE = 0.5  # twice as slow is no speech that anybody records
+
+
+def problems(*, speed: float, spec_augment: bool, cache_encoder: bool) -> list[tuple[bool, str]]:
+    """Rules for `cli.refuse` about what changes the clips."""
+    given = {"speed": speed, "spec_augment": spec_augment}
+    changing = [name for name, value in given.items() if value]
+    return [
+        (
+            cache_encoder and bool(changing),
+            "--cache_encoder true: its outputs are of the clips as they are, which "
+            f"--{' and --'.join(changing)} would change in every epoch: give one or the other",
+        ),
+        (
+            speed > MAX_SPEED_CHANGE,
+            f"--speed {speed:g}: plays clips up to so much faster or slower: give at most "
+            f"{MAX_SPEED_CHANGE:g}, such as 0.1",
+        ),
+    ]
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:

@@ -13,7 +13,6 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     get_peft_model,
     prepare_model_for_kbit_training,
@@ -21,8 +20,8 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from common.adapter import check_base, load_adapter
-from common.cli import UserError, first_line
+from common.adapter import check_base, load_adapter, read_config
+from common.cli import UserError
 from common.provenance import read_record
 
 Tune = Literal["lora", "full", "encoder_frozen"]
@@ -142,15 +141,9 @@ def shape_of(adapter: str) -> dict[str, Any]:
     Raises:
         UserError: no adapter there, or one of another kind.
     """
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"--init_adapter {adapter}: no LoRA adapter there ({first_line(error)}): give the "
-            "adapter folder that train_lora.py wrote"
-        ) from error
-    modules = config.target_modules if isinstance(config, LoraConfig) else ()
-    names = {name.rpartition(".")[2] for name in modules} if not isinstance(modules, str) else set()
+    config = read_config(adapter, "--init_adapter")
+    modules = config.target_modules if isinstance(config, LoraConfig) else None
+    names = {name.rpartition(".")[2] for name in modules} if isinstance(modules, set) else set()
     if not names or not names <= set(LORA_TARGETS):
         raise UserError(
             f"--init_adapter {adapter}: is no LoRA on some of {','.join(LORA_TARGETS)}: give one"
