@@ -2,8 +2,10 @@
 
 Labels are `<|startoftranscript|> <|lang|> <|task|> <|notimestamps|> text <|endoftext|>`. An
 English-only model knows neither languages nor tasks: `<|startoftranscript|> <|notimestamps|> text
-<|endoftext|>`. Ids are looked up by name, never by position, because the three published
-vocabularies (51,864, 51,865 and 51,866 tokens) place them differently.
+<|endoftext|>`. As in Whisper's own training data, a text begins with a space, but in languages
+written without spaces, whose texts a base model begins without one (docs/results.md). Ids are
+looked up by name, never by position, because the three published vocabularies (51,864, 51,865 and
+51,866 tokens) place them differently.
 """
 
 import hashlib
@@ -17,10 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from common.cli import UserError, first_line
-from common.languages import ALIASES, language_code
+from common.languages import ALIASES, NO_SPACES, language_code
 
 T = TypeVar("T", str, int)  # a token's name or its id
 
+VERSION = 2  # of labels; before 2 no text began with a space
 MAX_LABELS = 448  # positions of the decoder
 PROMPT_LENGTH = 4  # tokens of the prompt of a multilingual model
 ENGLISH_ONLY_END = 50_256  # <|endoftext|> of the 51,864-token vocabulary, which is GPT-2's
@@ -159,6 +162,12 @@ def num_prompt_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return len(prompt(tokenizer, "en", "transcribe"))
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, language: str, task: str) -> list[int]:
+    """The ids of a text alone, with a space before it unless its language is written without."""
+    is_spaced = text and (task == "translate" or language not in NO_SPACES)
+    return tokenizer(f" {text}" if is_spaced else text, add_special_tokens=False).input_ids
+
+
 def make_labels(
     tokenizer: PreTrainedTokenizerBase, text: str, language: str, task: str
 ) -> list[int]:
@@ -169,7 +178,7 @@ def make_labels(
         text: the transcript.
 
     Returns:
-        The prompt's ids, the text's and the end id.
+        The prompt's ids, the text's as `text_ids` gives them, and the end id.
 
     Raises:
         ValueError: `text` spells a special token, which the model would take for the real one.
@@ -177,7 +186,7 @@ def make_labels(
     special = SPECIAL.search(text)
     if special and _knows(tokenizer, special[0]):
         raise ValueError(f"the text spells the special token {special[0]}")
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = text_ids(tokenizer, text, language, task)
     return [*prompt(tokenizer, language, task), *ids, tokenizer.convert_tokens_to_ids(END)]
 
 

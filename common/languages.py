@@ -15,6 +15,9 @@ from common.cli import UserError
 MIN_LIKENESS = 0.8  # of misspelt names: Irish and yiddish have 0.67, marathy and marathi 0.86
 LONGEST_CODE = 3  # letters; any two codes are alike, so none is suggested as a correction
 
+# Written without spaces between words.
+NO_SPACES = {"zh", "ja", "th", "lo", "my", "yue", "km", "bo"}
+
 # Other spellings of a token: old ISO codes, and names in Common Voice and FLEURS.
 ALIASES = {"iw": "he", "jv": "jw", "nb": "no", "fil": "tl", "cmn": "zh"}
 

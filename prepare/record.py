@@ -26,6 +26,7 @@ def describe_settings(
     return {
         "config": options,
         "tokenizer_fingerprint": labels.tokenizer_fingerprint(tokenizer),
+        "labels": labels.VERSION,
         "versions": versions(),
     }
 

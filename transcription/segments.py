@@ -271,7 +271,7 @@ def find_heads(
     clips: list[tuple[torch.Tensor, Text]] = []
     for stretch in itertools.islice(stretches, HEAD_TRIES):
         [segment] = decode_stretches(system, [stretch], [language], replace(options, heads=()))
-        tokens = system.tokenizer(segment.text, add_special_tokens=False).input_ids
+        tokens = labels.text_ids(system.tokenizer, segment.text, segment.language, options.task)
         if segment.dropped or len(tokens) < HEAD_TOKENS:
             continue
         [batch] = _plan(system, [stretch], options, system.window_mode)

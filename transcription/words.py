@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-# Written without spaces between words: each character is timed by itself, as in Whisper.
-NO_SPACES = {"zh", "ja", "th", "lo", "my", "yue", "km", "bo"}
+from common.languages import NO_SPACES
+
 OPENING = "\"'“¿([{-¡«‘"
 UNFINISHED = "\ufffd"  # a character of which not all bytes are there yet
 
@@ -56,7 +56,7 @@ def _continues(word: str, piece: str, language: str) -> bool:
         return False
     if not _is_spoken(piece) or not _is_spoken(word):  # a full stop, a vowel sign; a bracket
         return _is_spoken(word) or all(sign.isspace() or sign in OPENING for sign in word)
-    if language in NO_SPACES:
+    if language in NO_SPACES:  # each character is timed by itself, as in Whisper
         return piece.isascii() and word[-1].isascii()
     return True
 

@@ -19,6 +19,23 @@ def test_the_prompt_is_start_language_task_and_no_timestamps(checkpoint, task):
     assert labels.make_labels(tokenizer, "x", "mr", task)[: len(ids)] == ids
 
 
+@pytest.mark.parametrize(
+    ("language", "task", "text", "spelled"),
+    [
+        ("mr", "transcribe", "एक दोन", " एक दोन"),
+        ("zh", "transcribe", "今天", "今天"),
+        ("zh", "translate", "today", " today"),
+        ("mr", "transcribe", "", ""),
+    ],
+)
+def test_a_text_begins_with_a_space_unless_its_language_is_written_without(
+    checkpoint, language, task, text, spelled
+):
+    tokenizer = labels.load_tokenizer(str(checkpoint))
+    ids = labels.make_labels(tokenizer, text, language, task)[labels.PROMPT_LENGTH : -1]
+    assert tokenizer.decode(ids) == spelled
+
+
 def test_the_prompt_of_an_english_only_model_is_start_and_no_timestamps(english_model):
     tokenizer = labels.load_tokenizer(english_model)
     ids = labels.prompt(tokenizer, "en", "transcribe")

@@ -116,11 +116,11 @@ def test_labels_are_exactly_what_the_whisper_tokenizer_writes(tmp_path, model):
     tokenizer = labels.load_tokenizer(model, "mr", "transcribe")
     tokenizer.set_prefix_tokens(language="mr", task="transcribe", predict_timestamps=False)
     row = load_from_disk(tmp_path / "out")["train"][0]
-    assert row["labels"] == tokenizer(text).input_ids
+    assert row["labels"] == tokenizer(f" {text}").input_ids
     assert (
         row["labels"][0] == tokenizer.convert_tokens_to_ids(labels.START) != tokenizer.bos_token_id
     )
-    assert tokenizer.decode(row["labels"], skip_special_tokens=True) == text
+    assert tokenizer.decode(row["labels"], skip_special_tokens=True) == f" {text}"
 
 
 def test_english_only_labels_name_no_language_and_no_task(tmp_path, english_model):
@@ -128,7 +128,7 @@ def test_english_only_labels_name_no_language_and_no_task(tmp_path, english_mode
     run(source, english_model, tmp_path / "out", language="")
     tokenizer = labels.load_tokenizer(english_model)
     row = load_from_disk(tmp_path / "out")["train"][0]
-    expected = tokenizer.convert_tokens_to_ids([labels.START, labels.NO_TIMESTAMPS, "h", "i"])
+    expected = tokenizer.convert_tokens_to_ids([labels.START, labels.NO_TIMESTAMPS, "Ġ", "h", "i"])
     assert row["labels"] == [*expected, tokenizer.convert_tokens_to_ids(labels.END)]
     assert row["language"] == "en"
 
@@ -186,8 +186,8 @@ def test_readers_give_columns_and_label_lengths_without_the_audio(tmp_path, mode
     loaded, record = prepared_data.load_prepared(str(tmp_path / "out"))
     assert record["config"]["language"] == "mr"
     assert prepared_data.column(loaded["train"], "seconds").tolist() == [1.0, 1.0, 1.0]
-    assert prepared_data.label_lengths(loaded["train"]).tolist() == [6, 8, 7]
-    assert prepared_data.label_lengths(loaded["train"].select([1, 0])).tolist() == [8, 6]
+    assert prepared_data.label_lengths(loaded["train"]).tolist() == [7, 9, 8]
+    assert prepared_data.label_lengths(loaded["train"].select([1, 0])).tolist() == [9, 7]
 
 
 def test_a_split_is_cut_into_files_and_small_batches(tmp_path):
@@ -308,7 +308,7 @@ def test_samples_that_are_not_between_minus_one_and_one_are_not_clipped_to_a_squ
 
 def test_448_labels_are_kept(tmp_path, model):
     noise(tmp_path / "a.wav", seconds=20)
-    text = "x" * (448 - 5)
+    text = "x" * (448 - 6)  # four tokens of the prompt, a space and the end
     run(manifest(tmp_path, [{"path": "a.wav", "text": text}]), model, tmp_path / "out")
     loaded = load_from_disk(tmp_path / "out")["train"]
     assert prepared_data.label_lengths(loaded).tolist() == [448]
