@@ -84,11 +84,11 @@ def check(config: Config) -> None:
             ),
         ]
     )
-    check_installed()
 
 
 def main(config: Config) -> None:
     check(config)
+    check_installed()
     whisper.quiet_libraries()
     config = replace(config, precision=precision.choose(config.precision))
     recordings, passed_over = find_recordings(config.audio)
