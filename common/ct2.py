@@ -1,0 +1,165 @@
+"""Clips -> tokens by CTranslate2, at any window: `decode` and its parts are as in decoding.py.
+
+The prompt is the tokenizer's, and what may not be written is in the export's config.json.
+
+Legend: B clips, N samples, C encoder positions (20 ms), M mel bins, F frames, D width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from common import audio, labels, whisper
+from common.audio import SAMPLES_PER_POSITION
+from common.cli import UserError, first_line
+from common.decoding import Decoded
+
+if TYPE_CHECKING:
+    import ctranslate2
+
+REQUIREMENTS = "requirements-export.txt"
+WEIGHTS = "model.bin"
+
+
+@dataclass(frozen=True)
+class CT2Whisper:
+    """A CTranslate2 Whisper that is ready to decode."""
+
+    engine: ctranslate2.models.Whisper
+    tokenizer: PreTrainedTokenizerBase  # its prompts
+
+
+def check_installed() -> None:
+    """Raise UserError unless ctranslate2 is installed."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        raise UserError(f"ctranslate2 4.8 is not installed: pip install -r {REQUIREMENTS}")
+
+
+def is_ct2(model: str) -> bool:
+    """Whether `--model` is a folder with a CTranslate2 model."""
+    return (Path(model) / WEIGHTS).is_file()
+
+
+def load(
+    folder: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    compute_type: str = "default",
+    device: str = "cpu",
+    num_threads: int = 0,
+    option: str = "--model",
+) -> CT2Whisper:
+    """Load a CTranslate2 Whisper.
+
+    Args:
+        compute_type: "default" is that of the stored weights.
+        num_threads: of a computation; 0: as many as PyTorch's.
+        option: that names the folder, for messages.
+
+    Raises:
+        UserError: ctranslate2 is not installed, or the folder holds no Whisper that loads.
+    """
+    check_installed()
+    import ctranslate2
+
+    try:
+        engine = ctranslate2.models.Whisper(
+            str(folder),
+            device=device,
+            compute_type=compute_type,
+            intra_threads=num_threads or torch.get_num_threads(),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{option} {folder}: holds no CTranslate2 Whisper that loads ({first_line(error)}): "
+            "give a folder that export.py wrote"
+        ) from error
+    return CT2Whisper(engine, tokenizer)
+
+
+def features(model: CT2Whisper, waves: torch.Tensor) -> ctranslate2.StorageView:
+    """Log-mel features (B, M, F) of int16 waves (B, N), those that PyTorch's encoder gets."""
+    import ctranslate2
+
+    filters = whisper.mel_filters(model.engine.n_mels, torch.device("cpu"))
+    mel = audio.log_mel(waves.cpu().float() / 32_768, filters)
+    return ctranslate2.StorageView.from_array(mel.contiguous().numpy())
+
+
+def encode_windows(
+    model: CT2Whisper, waves: torch.Tensor, windows: Sequence[int]
+) -> list[tuple[list[int], ctranslate2.StorageView]]:
+    """Encode clips of equal windows together: their rows, and their states (rows, C, D).
+
+    The engine tells states from features by their shape. Where C is the number of mel bins it
+    would encode states once more, so features (rows, M, F) stand there, which it encodes itself
+    where they are used.
+    """
+    groups = []
+    for window in sorted(set(windows)):
+        rows = [row for row, own in enumerate(windows) if own == window]
+        states = features(model, waves[rows, : window * SAMPLES_PER_POSITION])
+        if window != model.engine.n_mels:
+            states = model.engine.encode(states)
+        groups.append((rows, states))
+    return groups
+
+
+def decode(
+    model: CT2Whisper,
+    waves: torch.Tensor,
+    *,
+    windows: Sequence[int],
+    languages: Sequence[str] | None,
+    task: str,
+    caps: Sequence[int],
+) -> list[Decoded]:
+    """Transcribe a batch greedily; see `decoding.decode`.
+
+    Returns:
+        (B) texts; the log-probability of one that its cap cut off is not known (`None`) where a
+        clip that was decoded with it has a higher cap.
+    """
+    encoded = encode_windows(model, waves, windows)
+    return decode_encoded(model, encoded, languages=languages, task=task, caps=caps)
+
+
+def decode_encoded(
+    model: CT2Whisper,
+    encoded: list[tuple[list[int], ctranslate2.StorageView]],
+    *,
+    languages: Sequence[str] | None,
+    task: str,
+    caps: Sequence[int],
+) -> list[Decoded]:
+    """Decode clips that `encode_windows` has encoded; else as `decode`."""
+    texts = [Decoded([], None)] * len(caps)
+    for rows, states in encoded:
+        prompts = [
+            labels.prompt(model.tokenizer, languages[row] if languages else "", task)
+            for row in rows
+        ]
+        cap = max(caps[row] for row in rows)
+        results = model.engine.generate(
+            states,
+            prompts,
+            beam_size=1,
+            max_length=2 * cap,  # of which the engine leaves one half to the text
+            length_penalty=0,  # scores are sums
+            return_scores=True,
+        )
+        for row, result in zip(rows, results, strict=True):
+            [tokens], [score] = result.sequences_ids, result.scores
+            if len(tokens) > caps[row]:  # a longer clip of the batch has a higher cap
+                texts[row] = Decoded(tokens[: caps[row]], None)
+                continue
+            ended = len(tokens) < cap
+            texts[row] = Decoded(tokens, score / (len(tokens) + ended))
+    return texts
