@@ -154,12 +154,12 @@ def decode_encoded(
             max_length=2 * cap,  # of which the engine leaves one half to the text
             length_penalty=0,  # scores are sums
             return_scores=True,
+            return_no_speech_prob=True,
         )
         for row, result in zip(rows, results, strict=True):
             [tokens], [score] = result.sequences_ids, result.scores
-            if len(tokens) > caps[row]:  # a longer clip of the batch has a higher cap
-                texts[row] = Decoded(tokens[: caps[row]], None)
-                continue
-            ended = len(tokens) < cap
-            texts[row] = Decoded(tokens, score / (len(tokens) + ended))
+            # A longer clip of the batch may have a higher cap: how far a text went on that hit its
+            # own, and so its score, depends on the batch.
+            logprob = score / (len(tokens) + 1) if len(tokens) < caps[row] else None
+            texts[row] = Decoded(tokens[: caps[row]], logprob, result.no_speech_prob)
     return texts

@@ -52,7 +52,8 @@ class Decoded:
     """The text of one clip."""
 
     tokens: list[int]  # prompt and end token cut; as many as its cap if it hit that
-    logprob: float | None  # mean over its tokens and the end token; None: not greedy
+    logprob: float | None  # mean over its tokens and the end token; None: beams, or not known
+    no_speech: float | None = None  # probability that nobody speaks; None: not asked for
 
 
 def in_halves(compute: Callable[[slice], list[R]], clips: int) -> list[R]:
