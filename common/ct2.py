@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from common import audio, labels, whisper
 from common.audio import SAMPLES_PER_POSITION
 from common.cli import UserError, first_line
 from common.decoding import Decoded
+from common.whisper import ENCODED_SAMPLES
 
 if TYPE_CHECKING:
     import ctranslate2
@@ -105,11 +107,22 @@ def encode_windows(
     groups = []
     for window in sorted(set(windows)):
         rows = [row for row, own in enumerate(windows) if own == window]
-        states = features(model, waves[rows, : window * SAMPLES_PER_POSITION])
-        if window != model.engine.n_mels:
-            states = model.engine.encode(states)
-        groups.append((rows, states))
+        own = waves[rows, : window * SAMPLES_PER_POSITION]
+        is_mistaken = window == model.engine.n_mels
+        groups.append((rows, features(model, own) if is_mistaken else encode(model, own)))
     return groups
+
+
+def encode(model: CT2Whisper, waves: torch.Tensor) -> ctranslate2.StorageView:
+    """States (B, C, D) of int16 waves (B, N), a few clips at a time: attention is held whole."""
+    import ctranslate2
+
+    size = max(1, ENCODED_SAMPLES // waves.shape[1])
+    pieces = [
+        np.array(model.engine.encode(features(model, piece), to_cpu=True))
+        for piece in waves.split(size)
+    ]
+    return ctranslate2.StorageView.from_array(np.concatenate(pieces))
 
 
 def decode(

@@ -5,6 +5,7 @@ Both have one interface. A clip's tokens depend on the clip and its window alone
 Legend: B clips, N samples, C encoder positions (20 ms), L languages, T tokens.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,7 @@ class TorchEncoded:
     """Encoded clips, and what follows their start token."""
 
     groups: list[tuple[list[int], torch.Tensor]]  # clips of one window, and their states
+    cross: decoding.Cross  # their keys and values, until they are decoded
     start: torch.Tensor  # (B, V) probabilities
 
 
@@ -108,7 +110,7 @@ class TorchRuntime:
     def margin(self) -> DecodeMargin:
         return self.system.margin
 
-    @property
+    @functools.cached_property
     def weights(self) -> str:
         """Sixteen hex digits of the first values of every tensor."""
         digest = hashlib.sha256()
@@ -117,15 +119,16 @@ class TorchRuntime:
             digest.update(name.encode() + probe.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    @property
+    @functools.cached_property
     def languages(self) -> Sequence[str]:
         return list(whisper.language_ids(self.tokenizer))
 
     def encode(self, waves: torch.Tensor, windows: Sequence[int]) -> TorchEncoded:
         with torch.inference_mode():
             groups = decoding.encode_windows(self.system.model, waves, windows)
-            start = decoding.start_probabilities(self.system.model, groups).cpu()
-        return TorchEncoded(groups, start)
+            cross = decoding.cross_states(self.system.model, groups)
+            start = decoding.start_probabilities(self.system.model, groups, cross).cpu()
+        return TorchEncoded(groups, cross, start)
 
     def language_shares(self, encoded: TorchEncoded) -> torch.Tensor:
         shares = encoded.start[:, list(whisper.language_ids(self.tokenizer).values())]
@@ -140,6 +143,7 @@ class TorchRuntime:
             languages=languages if self.languages else None,
             task=task,
             caps=caps,
+            cross=encoded.cross,
         )
         silent = no_speech_probabilities(encoded.start, self.tokenizer)
         return [replace(text, no_speech=own) for text, own in zip(texts, silent, strict=True)]
@@ -205,13 +209,13 @@ class CT2Runtime:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.model.tokenizer
 
-    @property
+    @functools.cached_property
     def weights(self) -> str:
         """Sixteen hex digits of the file of weights."""
         with (Path(self.folder) / ct2.WEIGHTS).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
-    @property
+    @functools.cached_property
     def languages(self) -> Sequence[str]:
         return list(whisper.language_ids(self.tokenizer))
 
