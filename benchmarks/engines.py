@@ -74,11 +74,13 @@ def train(config: Config, tune: str, name: str, port: int, output: Path) -> dict
             running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **keep))
     peak = 0
     while any(one.poll() is None for one in running):
+        before = time.monotonic()
         peak = max(peak, sum(process.tree_bytes(one.pid) for one in running))
         steps = len(losses(output))
         if steps and steps not in sent:
             sent[steps] = machines.bytes_on_cable()
-        time.sleep(POLL_SECONDS)
+        cost = time.monotonic() - before
+        time.sleep(max(POLL_SECONDS, cost / process.MAX_SAMPLING))
     if any(one.returncode for one in running):
         raise cli.UserError(f"--output_dir: {name} failed: see {output.parent}/{output.name}.*.log")
     told = json.loads((output / "train.json").read_text(encoding="utf-8"))

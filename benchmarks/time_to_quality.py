@@ -147,10 +147,12 @@ def main(config: Config) -> None:
     output.mkdir(parents=True)
     data, log = output / "data", output / "prepare.log"
     run_preprocess(config.data_dir, config.language, config.model, data, log)
-    seeds = [measure(config, output, int(seed)) for seed in config.seeds.split(",")]
-    write_json(output / "time_to_quality.json", {"seeds": seeds} | describe_run(config))
-    plot(seeds, output / "time_to_quality.png")
-    print(table(seeds))
+    seeds: list[dict[str, Any]] = []
+    for seed in config.seeds.split(","):  # half an hour each: what is measured is kept
+        seeds.append(measure(config, output, int(seed)))
+        write_json(output / "time_to_quality.json", {"seeds": seeds} | describe_run(config))
+        plot(seeds, output / "time_to_quality.png")
+        print(table(seeds), flush=True)
 
 
 if __name__ == "__main__":

@@ -273,7 +273,8 @@ def test_the_report_shows_what_was_made_up_by_kind_window_and_system(tmp_path):
     section = section[: section.index("</section>")]
     text = " ".join(re.sub(r"<[^>]*>", " ", section).split())
     for shown in (
-        "base, natural base, full adapter, natural adapter, full", "silence 1 of 1 , 108/min 1 of 1",
+        "base, natural base, full adapter, natural adapter, full",
+        "silence 1 of 1 , 108/min 1 of 1",
         "pauses 2 left out: the scored clips hold none", "all without speech 1 of 3 , 108/min",
         "padded 1 of 1 , 108/min (60)", "compression ratio none",
     ):  # fmt: skip
