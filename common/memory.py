@@ -111,7 +111,7 @@ def kept_by_layer(config: WhisperConfig, step: Step) -> Kept:
     adapter always, a copy of its own behind its dropout. bitsandbytes' 8-bit product keeps its
     input though nothing of it is trained; the 4-bit one does not. Under autocast each linear layer
     casts, and keeps, what a LayerNorm returns for itself; in float32 they share it, and before
-    8-bit layers it is cast once (`whisper.add_lora`).
+    8-bit layers it is cast once (`training/lora.py`).
     """
     value, wide = step.bytes_per_value, config.encoder_ffn_dim / config.d_model
     adapted = step.lora_targets if step.tune == "lora" else ()

@@ -12,7 +12,7 @@ from transformers import WhisperConfig
 
 import train_lora
 from common import memory, whisper
-from training import lora
+from training import lora, tuning
 from training.fit import fit_memory
 
 LARGE = WhisperConfig(
@@ -163,7 +163,7 @@ def test_loading_a_model_does_not_lessen_what_a_process_may_hold(monkeypatch):
 def test_the_micro_batch_fits_what_the_process_may_hold(checkpoint):
     base = whisper.load_base(str(checkpoint), dtype=torch.float32)
     config = train_lora.Config(lora_targets="q_proj,fc2", lora_rank=4, precision="fp32")
-    model = train_lora.trainable_model(config, base)
+    model = tuning.trainable_model(base, config.tuning())
     accelerator = Accelerator(cpu=True)
     step = config.memory_step(accelerator.device.type)
     assert step == memory.Step("cpu", bytes_per_value=4, lora_targets=("q_proj", "fc2"))
