@@ -67,7 +67,7 @@ class Config:
     max_grad_norm: float = 1.0  # maximum norm of the gradient
     # ------ what is trained
     tune: tuning.Tune = "lora"  # lora, full (all weights) or encoder_frozen (all but the encoder's)
-    init_adapter: str = ""  # adapter to go on from, with its rank and targets; empty: a new one
+    init_adapter: str = ""  # adapter to continue from, with its rank and targets; empty: a new one
     lora_rank: int = 32  # rank of the update
     lora_alpha: int = 64  # the update is scaled by alpha / rank
     lora_targets: str = "q_proj,k_proj,v_proj,out_proj,fc1,fc2"  # layers with an adapter
@@ -75,7 +75,7 @@ class Config:
     lora_scope: str = "all"  # all, decoder, or top_K: decoder and the encoder's last K layers
     cache_encoder: bool = False  # keep outputs of a frozen encoder on disk
     cache_dir: str = ""  # folder for them on a local disk; empty: OUTPUT_DIR/encoder_cache
-    # ------ what is heard beside and instead of the clips as they are
+    # ------ clips without speech, augmentation
     nospeech_share: float = 0.05  # clips of silence or noise, with no text, per clip of speech
     speed: float = 0.0  # play clips at 1 - speed, 1 or 1 + speed, drawn anew each epoch: 0.1
     spec_augment: bool = False  # SpecAugment: mask stretches of time and frequency with silence

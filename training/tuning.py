@@ -20,7 +20,7 @@ class Tuning:
     """Which weights are trained, as the options name them."""
 
     tune: Tune
-    init_adapter: str  # folder of an adapter to go on from; empty: a new one
+    init_adapter: str  # folder of an adapter to continue from; empty: a new one
     rank: int
     alpha: int
     targets: str  # layers with an adapter
