@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import launch
 import pytest
@@ -173,6 +174,20 @@ def test_the_micro_batch_fits_what_the_process_may_hold(checkpoint):
         assert plan.checkpointing == (spare < 0)
     given = fit_memory(accelerator, model, step, max_batch_seconds=30.0, memory_gib=0.1)
     assert given.predicted_gib == whole
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not Path("/proc/self/clear_refs").exists(),
+    reason="memory of a process, where it can reset its peak",
+)
+def test_a_peak_can_be_measured_anew():
+    memory.reset_peak()
+    held = bytearray(b"x") * 300_000_000
+    before = memory.peak_memory_gib()
+    del held
+    assert memory.peak_memory_gib() == before
+    memory.reset_peak()
+    assert memory.peak_memory_gib() < before - 0.25
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
