@@ -1,4 +1,4 @@
-"""Speech from espeak-ng, Marathi by default, through ctypes: the library sits in the package espeakng-loader.
+"""Speech from espeak-ng, Marathi by default, by ctypes: the library is in package espeakng-loader.
 
 espeak-ng carries noise and flutter over from one sentence to the next and cannot be reset, so equal
 samples need a new process and the same sentences in the same order.
