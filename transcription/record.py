@@ -20,6 +20,7 @@ FILE_NAME, FAILED_NAME = "transcribe.json", "failed.jsonl"
 PROBE = 16  # values of each tensor that identify weights
 FREE = (  # may differ in a resumed run
     "audio", "output_dir", "formats", "batch_seconds", "manifest", "min_confidence", "min_language",
+    "align", "min_match", "reference",
 )  # fmt: skip
 
 
