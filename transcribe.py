@@ -28,7 +28,10 @@ from transcription.pseudo_labels import check_place, write_manifest
 from transcription.record import describe, open_folder, unfinished, write_failed
 from transcription.recordings import find_recordings
 from transcription.runtimes import Runtime, RuntimeKind, TorchRuntime, load_ct2
+from transcription.scoring import score
 from transcription.segments import Options, find_heads
+from transcription.texts import read_texts
+from transcription.training_clips import write_clips
 from transcription.vad import load_vad
 
 
@@ -50,9 +53,12 @@ class Config:
     context: DecodeWindowMode = "auto"  # natural follows the speech, full is 30 s, auto: as trained
     batch_seconds: float = 240.0  # seconds of audio window per batch
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
-    manifest: str = ""  # JSON lines of pseudo-labels for preprocess.py; empty: none
+    manifest: str = ""  # JSON lines of clips for preprocess.py; empty: none
     min_confidence: float = 0.5  # probability of a token, on average, of a row of the manifest
     min_language: float = 0.5  # probability of the language of a row of the manifest
+    align: str = ""  # transcripts that the manifest's texts come from: a .txt, or a folder of them
+    min_match: float = 0.5  # share of letters that are recognized in a row of --align
+    reference: str = ""  # transcripts to score against, in wer.json: a .txt, or a folder of them
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "transcripts")  # for the transcripts
 
 
@@ -102,10 +108,23 @@ def check(config: Config) -> None:
                 f"--manifest {config.manifest}: is made from json transcripts: add json to "
                 "--formats",
             ),
+            (
+                bool(config.reference) and "json" not in formats,
+                f"--reference {config.reference}: json transcripts are scored: add json to "
+                "--formats",
+            ),
+            (
+                bool(config.align) and not config.manifest,
+                f"--align {config.align}: clips are written to --manifest: give it a file",
+            ),
+            (
+                bool(config.align) and config.task == "translate",
+                f"--align {config.align}: a translation matches no transcript: leave out --task",
+            ),
             *cli.out_of_range(
                 config,
                 positive=["batch_seconds", "min_pause", "no_speech"],
-                shares=["min_confidence", "min_language"],
+                shares=["min_confidence", "min_language", "min_match"],
             ),
         ]
     )
@@ -144,6 +163,8 @@ def main(config: Config) -> None:
 
     if config.manifest:
         check_place(Path(config.manifest), recordings)
+    transcripts = read_texts("--align", config.align, recordings) if config.align else {}
+    references = read_texts("--reference", config.reference, recordings) if config.reference else {}
 
     # ------ model
     vad = load_vad()
@@ -201,9 +222,14 @@ def main(config: Config) -> None:
     meter.summarise()
     close(accelerator)
     write_failed(folder, failed)
-    if config.manifest:
+    if config.align:
+        file, limits = Path(config.manifest), {"min_match": config.min_match}
+        print(write_clips(file, folder, recordings, transcripts, **limits))
+    elif config.manifest:
         limits = {"min_confidence": config.min_confidence, "min_language": config.min_language}
         print(write_manifest(Path(config.manifest), folder, recordings, **limits))
+    if references:
+        print(score(folder, recordings, references, tokenizer))
     for recording, reason in failed.items():
         print(f"failed: {recording.path}: {reason}", file=sys.stderr)
     if failed:

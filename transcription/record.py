@@ -16,7 +16,7 @@ from transcription.runtimes import Runtime
 FILE_NAME, FAILED_NAME = "transcribe.json", "failed.jsonl"
 FREE = (  # may differ in a resumed run
     "audio", "output_dir", "formats", "batch_seconds", "manifest", "min_confidence", "min_language",
-    "runtime",
+    "align", "min_match", "reference", "runtime",
 )  # fmt: skip
 
 

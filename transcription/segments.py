@@ -242,12 +242,12 @@ def find_heads(
     clips: list[tuple[Any, Text]] = []
     for stretch in itertools.islice(stretches, HEAD_TRIES):
         [segment] = decode_stretches(runtime, [stretch], [language], replace(options, heads=()))
-        tokens = runtime.tokenizer(segment.text, add_special_tokens=False).input_ids
+        code = segment.language
+        tokens = labels.text_ids(runtime.tokenizer, segment.text, code, options.task)
         if segment.dropped or len(tokens) < HEAD_TOKENS:
             continue
         [batch] = _plan(runtime, [stretch], options, runtime.window_mode)
         encoded = _encode(runtime, [stretch], batch)
-        code = segment.language
         text = _text(runtime, stretch, code, tokens, batch.window, options.task)
         clips.append((encoded, text))
         if len(clips) == HEAD_CLIPS:

@@ -303,6 +303,32 @@ def test_transcripts_become_training_data(transcripts, talker, folder, tmp_path,
         run(talker, folder, transcripts, manifest=str(tmp_path / "pseudo.jsonl"))
 
 
+def test_a_text_without_times_becomes_training_data_and_recordings_are_scored(
+    transcripts, talker, folder, tmp_path, capsys
+):
+    """Nothing is decoded again for it; what was recognized stands for the text."""
+    texts = tmp_path / "texts"
+    (texts / "day").mkdir(parents=True)
+    content = json.loads((transcripts / "day" / "talk.wav.json").read_text(encoding="utf-8"))
+    lines = [f"«{row['text']}»" for row in content["segments"]]
+    (texts / "day" / "talk.wav.txt").write_text("\n".join(lines), encoding="utf-8")
+    manifest = folder / "clips.jsonl"
+    options = {"manifest": str(manifest), "align": str(texts), "reference": str(texts)}
+    with pytest.raises(SystemExit):  # of the broken file
+        run(talker, folder, transcripts, **options)
+    out = capsys.readouterr().out
+    assert "3 transcribed before" in out and "recordings without a text: 3" in out
+    assert ", 0.0 keep_marks, " in out and "1 recordings, " in out
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    whole = " ".join(" ".join(lines).split())
+    assert rows and whole.startswith(rows[0]["text"]) and rows[0]["match"] == 1.0
+    starts = [row["start"] for row in content["segments"]]
+    assert rows[0]["start"] == pytest.approx(starts[0], abs=0.21)
+    assert {row["path"] for row in rows} == {"day/talk.wav"}
+    (transcripts / "wer.json").unlink()
+    manifest.unlink()
+
+
 def test_nothing_is_written_where_nobody_speaks(talker, tmp_path):
     """Silence, noise at three levels, hum and clicks."""
     random, seconds = np.random.default_rng(0), 5.0
@@ -363,6 +389,8 @@ def test_speech_is_not_lost(speech):
         ({"language": "mr", "language_by_segment": True}, "--language mr: is not detected"),
         ({"min_pause": 0.0}, "--min_pause 0.0: give a positive number"),
         ({"audio": "nowhere"}, "--audio nowhere: does not exist"),
+        ({"align": "a.txt"}, "--align a.txt: clips are written to --manifest: give it a file"),
+        ({"reference": "a.txt", "formats": "srt"}, "--reference a.txt: .* add json to --formats"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options, message):
