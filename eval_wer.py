@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from common import cli, labels, precision, whisper
+from common import cli, labels, memory, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.files import write_json
 from common.precision import DTYPES, Precision
@@ -176,6 +176,7 @@ def evaluate(config: Config) -> None:
     base = {"base": ""} if config.compare_base or not adapters else {}
     *_, last = systems = base | adapters
     for name, adapter in systems.items() if scores else [(last, systems[last])]:
+        memory.reset_peak()
         system = load_system(
             config.model,
             adapter,

@@ -8,8 +8,6 @@ metrics.jsonl, tensorboard and train.json. Run again after an interruption, it r
 checkpoint, on any number of processes and under any engine.
 """
 
-import hashlib
-import json
 import os
 import time
 from dataclasses import asdict, dataclass, replace
@@ -17,46 +15,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
 
 from common import batching, cli, memory, precision, whisper
 from common.accelerator import close, explain_lost_contact, open_accelerator, say
 from common.adapter import base_of
-from common.labels import num_prompt_tokens
 from common.precision import DTYPES, Precision
 from common.predictions import collator_for
-from common.prepared import column, label_lengths
 from common.provenance import describe_run, hub_id
 from common.trained_on import hash_clips, pack
 from common.windows import WindowMode, window_policy
-from training import augment, checkpoint, engine, lora
+from training import augment, checkpoint, engine, lora, tuning
 from training import output as outputs
 from training.data import Data, load_data
 from training.data import describe as describe_data
-from training.encoder_cache import EncoderCache, load_or_fill
 from training.fit import fit_memory
 from training.journal import announce, log_rates
-from training.meter import check_norms, explain_not_finite
+from training.meter import refuse_not_finite
 from training.occasions import Every, criterion, occasions
 from training.output import Output
-from training.plan import TrainPlan, load_steps
-from training.run import Run, finish, start
-from training.schedule import Decay, learning_rate
-from training.sharded import trained_parameters
+from training.plan import load_steps, make_plan
+from training.run import Run, cache_outputs, finish, start
+from training.schedule import Decay, learning_rate, set_rate
 from training.step import StepOptions, make_state, train_step
 from training.stop import Stop, agree, listen
 from training.validation import Validation, evaluate
 
 FULL_RATE = 1e-4  # a higher learning rate is warned of in full fine-tuning
-# Options that a resumed run may change: none of them changes what is computed, but for rounding.
-FREE_ON_RESUME = {
-    "output_dir", "resume", "num_workers", "log_every", "save_every", "eval_every", "wer_every",
-    "keep_checkpoints", "max_batch_seconds", "memory_gib", "save_every_minutes", "max_minutes",
-    "resume_changed", "collective_timeout", "cache_dir", "patience",
-}  # fmt: skip
 
 
 @dataclass
@@ -81,8 +66,8 @@ class Config:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # maximum norm of the gradient
     # ------ what is trained
-    tune: lora.Tune = "lora"  # lora, full (all weights) or encoder_frozen (all but the encoder's)
-    init_adapter: str = ""  # adapter to go on from, with its rank and targets; empty: a new one
+    tune: tuning.Tune = "lora"  # lora, full (all weights) or encoder_frozen (all but the encoder's)
+    init_adapter: str = ""  # adapter to continue from, with its rank and targets; empty: a new one
     lora_rank: int = 32  # rank of the update
     lora_alpha: int = 64  # the update is scaled by alpha / rank
     lora_targets: str = "q_proj,k_proj,v_proj,out_proj,fc1,fc2"  # layers with an adapter
@@ -90,7 +75,7 @@ class Config:
     lora_scope: str = "all"  # all, decoder, or top_K: decoder and the encoder's last K layers
     cache_encoder: bool = False  # keep outputs of a frozen encoder on disk
     cache_dir: str = ""  # folder for them on a local disk; empty: OUTPUT_DIR/encoder_cache
-    # ------ what is heard beside and instead of the clips as they are
+    # ------ clips without speech, augmentation
     nospeech_share: float = 0.05  # clips of silence or noise, with no text, per clip of speech
     speed: float = 0.0  # play clips at 1 - speed, 1 or 1 + speed, drawn anew each epoch: 0.1
     spec_augment: bool = False  # SpecAugment: mask stretches of time and frequency with silence
@@ -114,6 +99,13 @@ class Config:
     seed: int = 42  # of everything random
     num_workers: int = 2  # processes that read audio ahead; 0: the main process
 
+    def tuning(self) -> tuning.Tuning:
+        """Which weights are trained."""
+        return tuning.Tuning(
+            self.tune, self.init_adapter, self.lora_rank, self.lora_alpha, self.lora_targets,
+            self.lora_scope, self.lora_dropout,
+        )  # fmt: skip
+
     def memory_step(self, device: str) -> memory.Step:
         """What a training step computes on "cpu" or "cuda", as far as its memory depends on it."""
         return memory.Step(
@@ -134,10 +126,8 @@ class Config:
 def check(config: Config) -> None:
     """Refuse impossible options, all of them in one message."""
     cli.refuse(
-        lora.problems(
-            tune=config.tune, targets=config.lora_targets, scope=config.lora_scope,
-            quantize=config.quantize, cache_encoder=config.cache_encoder,
-            init_adapter=config.init_adapter,
+        tuning.problems(
+            config.tuning(), quantize=config.quantize, cache_encoder=config.cache_encoder
         )
         + augment.problems(
             speed=config.speed, spec_augment=config.spec_augment,
@@ -155,54 +145,6 @@ def check(config: Config) -> None:
             ),
             shares=("warmup_ratio", "lora_dropout", "nospeech_share", "speed"),
         )
-    )  # fmt: skip
-
-
-# ------ build
-
-
-def identify(config: Config, accelerator: Accelerator, report: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with the interrupted one.
-
-    Args:
-        report: preprocess.json of the data.
-    """
-    options = {key: value for key, value in asdict(config).items() if key not in FREE_ON_RESUME}
-    digest = hashlib.sha256(json.dumps(report).encode()).hexdigest()[:16]
-    return options | {"precision": accelerator.mixed_precision, "data_dir": digest}
-
-
-def held_dtype(config: Config) -> torch.dtype:
-    """Of the model's weights: those that are trained are held in float32."""
-    return DTYPES[config.precision] if config.tune == "lora" else torch.float32
-
-
-def load_model(
-    config: Config, device: torch.device, tokenizer: PreTrainedTokenizerBase
-) -> torch.nn.Module:
-    """The base with what is to be trained: a fresh adapter on it, or its own weights."""
-    base = whisper.load_base(
-        config.model, dtype=held_dtype(config), quantize=config.quantize, device=device
-    )
-    whisper.complete_generation_config(base, tokenizer)
-    if config.nospeech_share:
-        whisper.allow_empty_text(base)
-    whisper.drop_unused_flags(base)
-    set_seed(config.seed)  # of the adapter's first weights
-    return trainable_model(config, base)
-
-
-def trainable_model(config: Config, base: WhisperForConditionalGeneration) -> torch.nn.Module:
-    """Put what is to be trained on a base."""
-    if config.tune != "lora":
-        lora.train_all(base, encoder=config.tune == "full")
-        return base
-    if config.init_adapter:
-        return lora.continue_lora(base, config.init_adapter, dropout=config.lora_dropout)
-    return lora.add_lora(
-        base, rank=config.lora_rank, alpha=config.lora_alpha,
-        targets=config.lora_targets.split(","), dropout=config.lora_dropout,
-        scope=config.lora_scope,
     )  # fmt: skip
 
 
@@ -243,37 +185,37 @@ def train(config: Config, stop: Stop) -> Accelerator:
             "no clips without speech: outputs of the encoder are cached for speech only",
         )
         config = replace(config, nospeech_share=0.0)
-    identity = identify(config, accelerator, data.report)
+    identity = checkpoint.identify(asdict(config), accelerator, data.report)
     resumed_from, saved = checkpoint.agree(
         Path(config.output_dir) / "checkpoints", identity, accelerator,
         resume=config.resume, changed=config.resume_changed,
     )  # fmt: skip
     config, run = build(config, accelerator, data, identity, saved["best"])
-    state, output, plan = run.state, run.output, run.plan
+    state, output, plan, total_steps = run.state, run.output, run.plan, run.total_steps
     journal, meter = start(run, resumed_from, saved)
-    done, reason = saved["step"], ""
-    cache = cache_outputs(config, run) if config.cache_encoder else None
-    if cache is not None:
+    done, reason, cache = saved["step"], "", None
+    if config.cache_encoder:
+        dtype = config.tuning().held_dtype(config.precision)
+        cache = cache_outputs(run, config.cache_dir, dtype=dtype, num_workers=config.num_workers)
         plan = replace(plan, windows=cache.windows)
 
     # ------ the loop
+    rate_of = partial(
+        learning_rate, total_steps=total_steps, peak=config.learning_rate,
+        warmup_ratio=config.warmup_ratio, decay=config.schedule,
+    )  # fmt: skip
     options = StepOptions(
         config.seed, config.max_grad_norm, config.max_batch_seconds, config.spec_augment
     )
     steps = load_steps(
-        plan, data.train, collator_for(base_of(state.model)), first=done,
-        total=done if output.exhausted else run.total_steps, num_workers=config.num_workers,
-        cache=cache,
+        plan, data.train, run.collate, first=done, total=done if output.exhausted else total_steps,
+        num_workers=config.num_workers, cache=cache,
     )  # fmt: skip
     mark = time.perf_counter()
     for step, pieces in steps:
         began = time.monotonic()
-        rate = learning_rate(
-            step.number, run.total_steps, peak=config.learning_rate,
-            warmup_ratio=config.warmup_ratio, decay=config.schedule,
-        )  # fmt: skip
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        rate = rate_of(step.number)
+        set_rate(state.optimizer, rate)
         train_step(state, step, pieces, meter, stop, options)
         meter.add(step, seconds=time.perf_counter() - mark)
         journal.bar.update()
@@ -281,10 +223,9 @@ def train(config: Config, stop: Stop) -> Accelerator:
         # ------ once in a while
         done = step.number + 1
         reason, save_now = agree(stop, time.monotonic() - began)
-        due = occasions(done, run.total_steps, run.every, stopping=bool(reason), save_now=save_now)
-        if due.check and (failure := check_norms(meter, scaled=accelerator.scaler is not None)):
-            report, is_leader = output.folder / "bad_batch.json", accelerator.is_main_process
-            raise explain_not_finite(*failure, data.train, report, write=is_leader)
+        due = occasions(done, total_steps, run.every, stopping=bool(reason), save_now=save_now)
+        if due.check:
+            refuse_not_finite(meter, data.train, output.folder, accelerator)
         if due.log:
             log_rates(journal, meter, step=done, epoch=done / plan.steps_per_epoch, rate=rate)
         if due.save:  # before the evaluation, which may fail
@@ -296,10 +237,7 @@ def train(config: Config, stop: Stop) -> Accelerator:
         if due.evaluate:
             evaluate(due, done, run.validation, state, output, journal)
         if output.exhausted:
-            if not due.save:
-                outputs.save_checkpoint(output, state, meter, stop, done, evaluated=True)
-            if not due.last:
-                outputs.save_model(output, state, done)
+            outputs.save_undue(output, state, meter, stop, done, due)
             break
         mark = time.perf_counter()
 
@@ -326,8 +264,13 @@ def build(
     Args:
         identity, best: of the run that is resumed, if one is.
     """
-    reload = partial(load_model, config, accelerator.device, data.tokenizer)
+    reload = partial(
+        tuning.load_model, config.model, config.tuning(), data.tokenizer,
+        precision=config.precision, quantize=config.quantize, device=accelerator.device,
+        empty_text=config.nospeech_share > 0, seed=config.seed,
+    )  # fmt: skip
     model = reload()
+    base = base_of(model)
     fitted = fit_memory(
         accelerator, model, config.memory_step(accelerator.device.type),
         max_batch_seconds=config.max_batch_seconds, memory_gib=config.memory_gib,
@@ -338,7 +281,7 @@ def build(
         gradient_checkpointing=fitted.checkpointing,
     )
     provenance = describe_run(config) | {
-        "base_probe": whisper.base_probe(base_of(model)),  # before an engine shards the weights
+        "base_probe": whisper.base_probe(base),  # before an engine shards the weights
         "window": window_policy(config.context),
         "base_id": hub_id(config.model),
         "data": describe_data(data),
@@ -347,26 +290,18 @@ def build(
         accelerator, model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm, gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
+    collate = collator_for(base)
     validation = None
     if data.validation is not None:
         validation = Validation(
-            data.validation, collator_for(base_of(model)), data.tokenizer,
-            data.decode_options(config.num_workers), config.context, config.max_batch_seconds,
-            DTYPES[config.precision].itemsize, reload,
+            data.validation, collate, data.tokenizer, data.decode_options(config.num_workers),
+            config.context, config.max_batch_seconds, DTYPES[config.precision].itemsize, reload,
         )  # fmt: skip
-    plan = TrainPlan(
-        seconds=column(data.train, "seconds"),
-        label_lengths=label_lengths(data.train) - 1,  # the start token is cut
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-        window_mode=config.context,
-        max_batch_seconds=config.max_batch_seconds,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        speed=config.speed,
-        nospeech_share=config.nospeech_share,
-        prompt_length=num_prompt_tokens(data.tokenizer),
-    )
+    plan = make_plan(
+        data, accelerator, global_batch_size=config.global_batch_size, seed=config.seed,
+        window_mode=config.context, max_batch_seconds=config.max_batch_seconds,
+        speed=config.speed, nospeech_share=config.nospeech_share,
+    )  # fmt: skip
     total_steps = config.max_steps or config.num_epochs * plan.steps_per_epoch
     every = Every(
         config.log_every, config.eval_every, config.wer_every, config.save_every,
@@ -376,34 +311,14 @@ def build(
     if accelerator.is_main_process:
         trained_on = pack(hash_clips(data.train, data.report["config"]["task"]))
     output = Output(
-        Path(config.output_dir), "adapter" if config.tune == "lora" else "model", config.model,
-        provenance, identity, trained_on, config.keep_checkpoints, best,
-        criterion(every, total_steps), config.patience,
+        Path(config.output_dir), config.tuning().kind, config.model, provenance, identity,
+        trained_on, config.keep_checkpoints, best, criterion(every, total_steps), config.patience,
     )  # fmt: skip
-    announce(
-        accelerator, plan, fitted, total_steps=total_steps,
-        num_trainable=sum(param.numel() for param in trained_parameters(state.model).values()),
-        weights=f"{config.precision}, base {config.quantize}",
-    )  # fmt: skip
+    weights = f"{config.precision}, base {config.quantize}"
+    announce(state, plan, fitted, total_steps=total_steps, weights=weights)
     if config.tune != "lora" and config.learning_rate > FULL_RATE:
         say(accelerator, f"warning: --learning_rate {config.learning_rate:g} is for LoRA: try 1e-5")
-    return config, Run(state, data, validation, plan, total_steps, every, output, reload)
-
-
-def cache_outputs(config: Config, run: Run) -> EncoderCache:
-    """The outputs of a frozen encoder for all training clips."""
-    output = run.output
-    identity = {
-        "model": config.model,
-        "base_probe": output.provenance["base_probe"],
-        "data_dir": output.identity["data_dir"],
-    }
-    return load_or_fill(
-        Path(config.cache_dir or output.folder / "encoder_cache"), identity, run.state, run.reload,
-        run.data.train, collator_for(base_of(run.state.model)), window_mode=config.context,
-        dtype=held_dtype(config), batch_seconds=config.max_batch_seconds,
-        num_workers=config.num_workers,
-    )  # fmt: skip
+    return config, Run(state, data, validation, collate, plan, total_steps, every, output, reload)
 
 
 if __name__ == "__main__":

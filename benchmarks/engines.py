@@ -72,23 +72,27 @@ def train(config: Config, tune: str, name: str, port: int, output: Path) -> dict
         with (output.parent / f"{output.name}.{node}.log").open("w") as log:
             keep = {"stdout": log, "stderr": subprocess.STDOUT}
             running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **keep))
-    peak = 0
-    while any(one.poll() is None for one in running):
-        peak = max(peak, sum(process.tree_bytes(one.pid) for one in running))
+    peak, due = 0, 0.0
+    while any(child.poll() is None for child in running):
+        before = time.monotonic()
+        if before >= due:
+            peak = max(peak, sum(process.tree_bytes(child.pid) for child in running))
+            cost = time.monotonic() - before
+            due = before + max(process.SAMPLE_SECONDS, cost / process.MAX_SAMPLING)
         steps = len(losses(output))
         if steps and steps not in sent:
             sent[steps] = machines.bytes_on_cable()
         time.sleep(POLL_SECONDS)
-    if any(one.returncode for one in running):
+    if any(child.returncode for child in running):
         raise cli.UserError(f"--output_dir: {name} failed: see {output.parent}/{output.name}.*.log")
-    told = json.loads((output / "train.json").read_text(encoding="utf-8"))
+    record = json.loads((output / "train.json").read_text(encoding="utf-8"))
     speeds = list(losses(output, "clips_per_second").values())[1:]
     first, last = min(sent), max(sent)  # seen; what comes after the last step is seen too late
     return {
         "loss": losses(output),
         "wer": losses(output, "wer_raw")[config.max_steps],
-        "engine": told["engine"],
-        "processes": told["processes"],
+        "engine": record["engine"],
+        "processes": record["processes"],
         "step_seconds": 8 / statistics.median(speeds),
         "wall_seconds": time.monotonic() - started,
         "peak_memory_gib": peak / 2**30,
@@ -102,28 +106,28 @@ def losses(output: Path, key: str = "loss") -> dict[int, float]:
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     except OSError:
         return {}
-    return {one["step"]: one[key] for one in map(json.loads, lines) if key in one}
+    return {record["step"]: record[key] for record in map(json.loads, lines) if key in record}
 
 
-def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Markdown, a row for each engine and what was trained."""
     lines = [
         "| trained | engine | largest difference of a loss | WER | s a step | peak memory, GiB "
         "| MB a step between the machines |",
         "|---|---|---|---|---|---|---|",
     ]
-    for tune, engines in found.items():
+    for tune, engines in results.items():
         expected = engines["one process"]
-        for name, one in engines.items():
+        for name, engine in engines.items():
             worst = max(
-                abs(one["loss"][step] / loss - 1) for step, loss in expected["loss"].items()
+                abs(engine["loss"][step] / loss - 1) for step, loss in expected["loss"].items()
             )
-            agrees = "the same" if one["wer"] == expected["wer"] else f"{one['wer']:.2f}"
-            wer = f"{one['wer']:.2f}" if one is expected else agrees
-            sent = f"{one['bytes_per_step'] / 1e6:.1f}"
+            agrees = "the same" if engine["wer"] == expected["wer"] else f"{engine['wer']:.2f}"
+            wer = f"{engine['wer']:.2f}" if engine is expected else agrees
+            sent = f"{engine['bytes_per_step'] / 1e6:.1f}"
             lines.append(
-                f"| {tune} | {name} | {worst:.1e} | {wer} | {one['step_seconds']:.2f} "
-                f"| {one['peak_memory_gib']:.2f} | {'' if one is expected else sent} |"
+                f"| {tune} | {name} | {worst:.1e} | {wer} | {engine['step_seconds']:.2f} "
+                f"| {engine['peak_memory_gib']:.2f} | {'' if engine is expected else sent} |"
             )
     return "\n".join(lines)
 
@@ -132,23 +136,25 @@ def main(config: Config) -> None:
     output = process.new_output(config.output_dir)
     output.mkdir(parents=True)
     config.data_dir, config.model = (
-        str(Path(one).resolve()) for one in (config.data_dir, config.model)
+        str(Path(path).resolve()) for path in (config.data_dir, config.model)
     )
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
     try:
         with machines.two_machines():
             for tune in config.tunes.split(","):
-                found[tune] = {}
+                results[tune] = {}
                 for name in ENGINES:
-                    port = FIRST_PORT + sum(len(one) for one in found.values())
+                    port = FIRST_PORT + sum(len(runs) for runs in results.values())
                     run = output / f"{tune}_{name.replace(' ', '_').replace(',', '')}"
-                    found[tune][name] = train(config, tune, name, port, run)
-                    print(json.dumps({"tune": tune, "name": name} | found[tune][name]), flush=True)
+                    results[tune][name] = train(config, tune, name, port, run)
+                    print(
+                        json.dumps({"tune": tune, "name": name} | results[tune][name]), flush=True
+                    )
     except RuntimeError as error:
         raise cli.UserError(f"--output_dir {output}: {error}") from error
-    write_json(output / "engines.json", found)
-    write_text(output / "engines.md", table(found) + "\n")
-    print(table(found))
+    write_json(output / "engines.json", results)
+    write_text(output / "engines.md", table(results) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def wait(child: int) -> int:
 def result(run: Path) -> tuple[list[dict[str, float]], dict[str, bytes]]:
     """What must be the same: figures by step without timings, and the adapters' bytes."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    figures = [{key: one[key] for key in COMPARED if key in one} for one in map(json.loads, lines)]
+    figures = [
+        {key: record[key] for key in COMPARED if key in record} for record in map(json.loads, lines)
+    ]
     adapters = {name: (run / name / "adapter_model.safetensors").read_bytes() for name in ADAPTERS}
     return figures, adapters
 
@@ -114,26 +116,26 @@ def main(config: Config) -> None:
     assert wait(start(options, output / "whole")) == 0
     life = time.monotonic() - began
     expected = result(output / "whole")
-    found = {"kills": 0, "runs": 0, "lost": 0, "changed": 0, "life_seconds": life}
-    for one in runs(config, options, output, life):
-        found["kills"] += one["kills"]
-        found["runs"] += 1
-        found["lost"] += not one["ended"]
-        changed = one["ended"] and result(one["run"]) != expected
-        found["changed"] += changed
-        if one["ended"] and not changed:
-            shutil.rmtree(one["run"])
-        found["minutes"] = (time.monotonic() - began) / 60
-        if found["runs"] % 10 == 0:
-            print(json.dumps(found), flush=True)
-        if found["kills"] >= config.kills or found["minutes"] > config.max_minutes:
+    counts = {"kills": 0, "runs": 0, "lost": 0, "changed": 0, "life_seconds": life}
+    for outcome in runs(config, options, output, life):
+        counts["kills"] += outcome["kills"]
+        counts["runs"] += 1
+        counts["lost"] += not outcome["ended"]
+        changed = outcome["ended"] and result(outcome["run"]) != expected
+        counts["changed"] += changed
+        if outcome["ended"] and not changed:
+            shutil.rmtree(outcome["run"])
+        counts["minutes"] = (time.monotonic() - began) / 60
+        if counts["runs"] % 10 == 0:
+            print(json.dumps(counts), flush=True)
+        if counts["kills"] >= config.kills or counts["minutes"] > config.max_minutes:
             break
-    write_json(output / "kill_resume.json", found)
+    write_json(output / "kill_resume.json", counts)
     print(
-        f"{found['kills']} kills in {found['runs']} runs of {config.max_steps} steps: "
-        f"{found['lost']} lost, {found['changed']} changed, {found['minutes']:.1f} minutes"
+        f"{counts['kills']} kills in {counts['runs']} runs of {config.max_steps} steps: "
+        f"{counts['lost']} lost, {counts['changed']} changed, {counts['minutes']:.1f} minutes"
     )
-    sys.exit(bool(found["lost"] or found["changed"] or found["kills"] < config.kills))
+    sys.exit(bool(counts["lost"] or counts["changed"] or counts["kills"] < config.kills))
 
 
 if __name__ == "__main__":

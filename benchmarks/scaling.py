@@ -147,13 +147,13 @@ def training(config: Config, data: Path, work: Path, processes: int, *more: Any)
         work / "log.txt",
         environment,
     )  # fmt: skip
-    told = json.loads((run / "train.json").read_text(encoding="utf-8"))
+    record = json.loads((run / "train.json").read_text(encoding="utf-8"))
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines][1:]
     shutil.rmtree(run)
     return {
         "clips": len(load_prepared(str(data))[0]["train"]),
-        "first_step_seconds": told["first_step_seconds"],
+        "first_step_seconds": record["first_step_seconds"],
         "peak_memory_gib": cost.peak_memory_gib,
     } | {
         name: len(steps) / sum(1 / step[name] for step in steps)  # steps hold as many clips each
@@ -217,30 +217,32 @@ def points(
 # ------ table and plot
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(measured: list[dict[str, Any]]) -> str:
     """All points, a line each, in Markdown."""
     lines = [
         f"| what | value | {' | '.join(FIGURES.values())} |",
         "|---" * (2 + len(FIGURES)) + "|",
     ]
-    for point in found:
+    for point in measured:
         values = (point.get(name) for name in FIGURES)
         cells = ("" if value is None else f"{value:.4g}" for value in values)
         lines.append(f"| {point['axis']} | {point['value']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(found: list[dict[str, Any]], file: Path) -> None:
+def plot(measured: list[dict[str, Any]], file: Path) -> None:
     """One panel an axis, its figure and the peak memory."""
     figure, panels = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for panel, (axis, (unit, name)) in zip(panels.flat, AXES.items(), strict=True):
-        on_axis = [point for point in found if point["axis"] == axis]
+        on_axis = [point for point in measured if point["axis"] == axis]
         names = [point["value"] for point in on_axis]
         panel.plot(names, [point[name] for point in on_axis], "o-", color="tab:blue")
         panel.set(title=axis, xlabel=unit, ylabel=FIGURES[name])
         panel.set_ylim(bottom=0)
         memory = panel.twinx()
-        memory.plot(names, [one["peak_memory_gib"] for one in on_axis], "s--", color="tab:orange")
+        memory.plot(
+            names, [point["peak_memory_gib"] for point in on_axis], "s--", color="tab:orange"
+        )
         memory.set_ylabel(FIGURES["peak_memory_gib"], color="tab:orange")
         memory.set_ylim(bottom=0)
     figure.savefig(file, dpi=100)
@@ -252,14 +254,14 @@ def main(config: Config) -> None:
     split = load_prepared(config.data_dir)[0]["train"]
     work = output / "work"
     work.mkdir(parents=True)
-    found = []
+    measured = []
     for axis, value, figures in points(config, split, work):
-        found.append({"axis": axis, "value": value} | figures)
-        print(json.dumps(found[-1]), flush=True)
+        measured.append({"axis": axis, "value": value} | figures)
+        print(json.dumps(measured[-1]), flush=True)
     shutil.rmtree(work)
-    write_json(output / "scaling.json", {"points": found} | describe_run(config))
-    plot(found, output / "scaling.png")
-    print(table(found))
+    write_json(output / "scaling.json", {"points": measured} | describe_run(config))
+    plot(measured, output / "scaling.png")
+    print(table(measured))
 
 
 if __name__ == "__main__":

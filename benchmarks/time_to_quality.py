@@ -101,17 +101,17 @@ def table(seeds: list[dict[str, Any]]) -> str:
         "| seed | side | clips | seconds of training | WER, natural | WER, 30 s | times as fast |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in seeds:
-        recipe = one["recipe"]
+    for outcome in seeds:
+        recipe = outcome["recipe"]
         cells = f"{recipe['clips']} | {recipe['seconds']:.0f} | | {recipe['scores']['wer']:.1f}"
-        lines.append(f"| {one['seed']} | recipe | {cells} | |")
-        for run in one["ours"]:
+        lines.append(f"| {outcome['seed']} | recipe | {cells} | |")
+        for run in outcome["ours"]:
             rates = " | ".join(f"{run[window]['wer']:.1f}" for window in WINDOWS)
             good = is_as_good(run, recipe)
             ratio = f"{recipe['seconds'] / run['seconds']:.1f}" if good else "not as good"
             cells = f"{run['clips']} | {run['seconds']:.0f} | {rates} | {ratio}"
-            lines.append(f"| {one['seed']} | ours | {cells} |")
-    ratios = [one["ratio"] for one in seeds if one["ratio"]]
+            lines.append(f"| {outcome['seed']} | ours | {cells} |")
+    ratios = [outcome["ratio"] for outcome in seeds if outcome["ratio"]]
     if ratios:
         lines.append(
             f"\n{len(ratios)} of {len(seeds)} seeds reach the recipe's rate, in the median "
@@ -123,16 +123,18 @@ def table(seeds: list[dict[str, Any]]) -> str:
 def plot(seeds: list[dict[str, Any]], file: Path) -> None:
     """Word error rate over seconds of training, a line a seed and window, the recipe's as a dot."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for color, one in zip(
+    for color, outcome in zip(
         pyplot.rcParams["axes.prop_cycle"].by_key()["color"], seeds, strict=False
     ):
-        seconds = [run["seconds"] for run in one["ours"]]
+        seconds = [run["seconds"] for run in outcome["ours"]]
         for window, style in zip(WINDOWS, ("-o", "--o"), strict=True):
-            rates = [run[window]["wer"] for run in one["ours"]]
-            axes.plot(seconds, rates, style, color=color, label=f"ours, {window}, {one['seed']}")
-        recipe = one["recipe"]
+            rates = [run[window]["wer"] for run in outcome["ours"]]
+            axes.plot(
+                seconds, rates, style, color=color, label=f"ours, {window}, {outcome['seed']}"
+            )
+        recipe = outcome["recipe"]
         dot = [recipe["seconds"]], [recipe["scores"]["wer"]]
-        axes.plot(*dot, "s", color=color, label=f"recipe, 30 s, {one['seed']}")
+        axes.plot(*dot, "s", color=color, label=f"recipe, 30 s, {outcome['seed']}")
     axes.set(xscale="log", xlabel="seconds of training", ylabel="WER, %")
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
@@ -147,10 +149,12 @@ def main(config: Config) -> None:
     output.mkdir(parents=True)
     data, log = output / "data", output / "prepare.log"
     run_preprocess(config.data_dir, config.language, config.model, data, log)
-    seeds = [measure(config, output, int(seed)) for seed in config.seeds.split(",")]
-    write_json(output / "time_to_quality.json", {"seeds": seeds} | describe_run(config))
-    plot(seeds, output / "time_to_quality.png")
-    print(table(seeds))
+    seeds: list[dict[str, Any]] = []
+    for seed in config.seeds.split(","):  # half an hour each: what is measured is kept
+        seeds.append(measure(config, output, int(seed)))
+        write_json(output / "time_to_quality.json", {"seeds": seeds} | describe_run(config))
+        plot(seeds, output / "time_to_quality.png")
+        print(table(seeds), flush=True)
 
 
 if __name__ == "__main__":

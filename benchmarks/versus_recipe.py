@@ -74,9 +74,9 @@ def shorter_clips(source: Path, max_seconds: float, folder: Path) -> Path:
     (folder / "clips").mkdir(parents=True)
     for name in ("train", "dev", "test"):
         head, *rows = (source / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
-        at, kept = head.split("\t").index("path"), [head]
+        index, kept = head.split("\t").index("path"), [head]
         for row in rows:
-            clip = source / "clips" / row.split("\t")[at]
+            clip = source / "clips" / row.split("\t")[index]
             if soundfile.info(clip).duration <= max_seconds:
                 shutil.copy(clip, folder / "clips")
                 kept.append(row)
@@ -93,7 +93,7 @@ def folder_bytes(folder: Path) -> int:
 
 def baseline_stages(config: Config, work: Path, precision: str, seed: int) -> dict[str, Any]:
     """Run the recipe's three stages; figures by stage."""
-    found: dict[str, Any] = {}
+    stages: dict[str, Any] = {}
     for stage in ("prepare", "train", "evaluate"):
         cost = process.run(
             [
@@ -104,17 +104,17 @@ def baseline_stages(config: Config, work: Path, precision: str, seed: int) -> di
             ],
             work.parent / f"{work.name}_{stage}.log",
         )  # fmt: skip
-        told = json.loads((work / f"{stage}.json").read_text(encoding="utf-8"))
-        seconds = told.get("seconds", cost.seconds)
-        found[stage] = {
-            "clips": told["clips"],
+        record = json.loads((work / f"{stage}.json").read_text(encoding="utf-8"))
+        seconds = record.get("seconds", cost.seconds)
+        stages[stage] = {
+            "clips": record["clips"],
             "seconds": seconds,
             "command_seconds": cost.seconds,
             "peak_memory_gib": cost.peak_memory_gib,
         }
-    found["prepare"]["bytes"] = folder_bytes(work / "data")
-    found["evaluate"]["scores"] = scores(told["references"], told["hypotheses"])
-    return found
+    stages["prepare"]["bytes"] = folder_bytes(work / "data")
+    stages["evaluate"]["scores"] = scores(record["references"], record["hypotheses"])
+    return stages
 
 
 def our_stages(config: Config, work: Path, precision: str, seed: int) -> dict[str, Any]:
@@ -138,13 +138,13 @@ def our_stages(config: Config, work: Path, precision: str, seed: int) -> dict[st
         "--nospeech_share", 0, "--max_steps", config.max_steps, "--context", config.context,
         "--learning_rate", config.learning_rate, "--precision", precision, "--seed", seed,
     ]  # fmt: skip
-    found = {"prepare": prepare} | our_training(config.model, work / "run", data, precision, same)
+    stages = {"prepare": prepare} | our_training(config.model, work / "run", data, precision, same)
     only_decoder = [*same, "--lora_scope", "decoder", "--cache_encoder", "true"]
     cached = our_training(config.model, work / "cached", data, precision, only_decoder)
     cache = work / "cached" / "encoder_cache"
     cached["train"]["cache_bytes"] = folder_bytes(cache)
     shutil.rmtree(cache)
-    return found | {f"cached_{stage}": figures for stage, figures in cached.items()}
+    return stages | {f"cached_{stage}": figures for stage, figures in cached.items()}
 
 
 def run_preprocess(
@@ -186,25 +186,31 @@ def our_training(
         name: process.run(words, run.parent.parent / f"{run.parent.name}_{run.name}_{name}.log")
         for name, words in commands.items()
     }
-    found = {
+    stages = {
         name: {"command_seconds": cost.seconds, "peak_memory_gib": cost.peak_memory_gib}
         for name, cost in costs.items()
     }
-    told = json.loads((run / "train.json").read_text(encoding="utf-8"))
-    batch_size = told["config"]["global_batch_size"]
-    found["train"] |= training_speed(run / "metrics.jsonl", batch_size, data)
-    found["train"] |= {name: told[name] for name in ("first_step_seconds", "encoder_cache_seconds")}
+    record = json.loads((run / "train.json").read_text(encoding="utf-8"))
+    batch_size = record["config"]["global_batch_size"]
+    stages["train"] |= training_speed(run / "metrics.jsonl", batch_size, data)
+    stages["train"] |= {
+        name: record[name] for name in ("first_step_seconds", "encoder_cache_seconds")
+    }
     for window in ("natural", "full"):
-        told = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
-        rates = told["normalisers"]["raw"]
-        found[window] |= {
-            "clips": told["clips"],
-            "seconds": told["wall_seconds"],
-            "clips_at_cap": told["clips_at_cap"],
-            "clips_decoded_again": told["clips_decoded_again"],
+        record = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
+        rates = record["normalisers"]["raw"]
+        stages[window] |= {
+            "clips": record["clips"],
+            "seconds": record["wall_seconds"],
+            "clips_at_cap": record["clips_at_cap"],
+            "clips_decoded_again": record["clips_decoded_again"],
             "scores": {"wer": rates["wer"], "cer": rates["cer"]},
         }
-    return {"train": found["train"], "evaluate": found["natural"], "evaluate_full": found["full"]}
+    return {
+        "train": stages["train"],
+        "evaluate": stages["natural"],
+        "evaluate_full": stages["full"],
+    }
 
 
 def prepared_clips(data: Path) -> int:
@@ -236,7 +242,7 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
     """Operations and padding of an epoch's training on each side, by formula."""
     train = load_prepared(str(data))[0]["train"]
     seconds, lengths = column(train, "seconds"), label_lengths(train) - 1
-    needed = sum(positions(float(one)) for one in seconds)
+    needed = sum(positions(float(length)) for length in seconds)
     plan = batching.plan(
         seconds,
         global_batch_size=baseline.BATCH_SIZE,
@@ -250,7 +256,7 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
         for clip in batch.clips
     )
     padding = 1 - needed / (FULL_WINDOW * len(seconds))
-    padded = [flops.lora_step(whisper, FULL_WINDOW, int(one)) for one in lengths]
+    padded = [flops.lora_step(whisper, FULL_WINDOW, int(length)) for length in lengths]
     held = sum(batch.window * len(batch.clips) for batch in plan)
     longest = sum(
         positions(float(seconds[list(batch.clips)].max())) * len(batch.clips) for batch in plan
@@ -289,7 +295,7 @@ def _speed(stage: dict[str, Any]) -> float:
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
     """Medians of each stage and side, and ratios: above 1 is better than the recipe."""
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     runs = results["runs"]
     for stage, (theirs, ours) in STAGES.items():
         sides = {"recipe": medians(runs["recipe"], theirs), "ours": medians(runs["ours"], ours)}
@@ -299,34 +305,34 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
             )
         pairs = zip(runs["recipe"], runs["ours"], strict=True)
         ratios = [_speed(b[ours]) / _speed(a[theirs]) for a, b in pairs]
-        found[stage] = sides | {
+        compared[stage] = sides | {
             "ratio": statistics.median(ratios),
             "ratios": ratios,
             "memory_ratio": sides["recipe"]["peak_memory_gib"] / sides["ours"]["peak_memory_gib"],
         }
     for side, figures in results["work"].items():
-        speed = found["train"][side]["clips_per_second"]
+        speed = compared["train"][side]["clips_per_second"]
         used = speed * figures["flop_per_clip"]
-        found["train"][side] |= figures | {
+        compared["train"][side] |= figures | {
             "gflop_per_second": used / 1e9,
             "share_of_gemm_peak": used / results["gemm_flop_per_second"],
         }
     sizes = {side: runs[side][0]["prepare"]["bytes"] for side in SIDES}
-    found["disk"] = sizes | {"ratio": sizes["recipe"] / sizes["ours"]}
-    found["scores"] = {
+    compared["disk"] = sizes | {"ratio": sizes["recipe"] / sizes["ours"]}
+    compared["scores"] = {
         name: [run[stage]["scores"] for run in runs[side]] for name, (side, stage) in SCORED.items()
     }
-    return found
+    return compared
 
 
-def table(found: dict[str, Any], gemm: float, precision: str) -> str:
+def table(compared: dict[str, Any], gemm: float, precision: str) -> str:
     """The summary for people, in Markdown."""
     lines = [
         "| | recipe | ours | ratio |",
         "|---|---|---|---|",
     ]
     for stage in STAGES:
-        row = found[stage]
+        row = compared[stage]
         cells = [
             f"{row[side]['clips_per_second']:.2f} ({row[side]['least']:.2f}-"
             f"{row[side]['most']:.2f}), {row[side]['audio_seconds_per_second']:.1f} s/s"
@@ -337,12 +343,12 @@ def table(found: dict[str, Any], gemm: float, precision: str) -> str:
         lines.append(
             f"| {stage}, peak memory | {memory[0]} | {memory[1]} | {row['memory_ratio']:.2f} |"
         )
-    disk = found["disk"]
+    disk = compared["disk"]
     lines.append(
         f"| disk | {disk['recipe'] / 1e6:.1f} MB | {disk['ours'] / 1e6:.1f} MB "
         f"| {disk['ratio']:.1f} |"
     )
-    train = found["train"]
+    train = compared["train"]
     for name, form in (
         ("encoder_padding_share", "{:.1%}"),
         ("bucket_padding_share", "{:.1%}"),
@@ -353,11 +359,14 @@ def table(found: dict[str, Any], gemm: float, precision: str) -> str:
         lines.append(f"| train, {name.replace('_', ' ')} | {cells[0]} | {cells[1]} | |")
     lines += ["", "| adapter, window | WER, each seed | mean | CER, each seed | mean |"]
     lines.append("|---|---|---|---|---|")
-    for name, seeds in found["scores"].items():
+    for name, seeds in compared["scores"].items():
         cells = []
         for rate in ("wer", "cer"):
-            values = [one[rate] for one in seeds]
-            cells += [", ".join(f"{one:.1f}" for one in values), f"{statistics.mean(values):.1f}"]
+            values = [rates[rate] for rates in seeds]
+            cells += [
+                ", ".join(f"{value:.1f}" for value in values),
+                f"{statistics.mean(values):.1f}",
+            ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(f"\nGEMM peak {gemm / 1e9:.0f} GFLOP/s in {precision}.")
     return "\n".join(lines)
@@ -388,7 +397,7 @@ def main(config: Config) -> None:
                 shutil.rmtree(work / "data")
     data = output / "ours_0" / "data"
     splits, _ = load_prepared(str(data))
-    every = [float(one) for split in splits.values() for one in column(split, "seconds")]
+    every = [float(length) for split in splits.values() for length in column(split, "seconds")]
     results = {
         "runs": runs,
         "gemm_flop_per_second": peaks[precision],
@@ -403,9 +412,9 @@ def main(config: Config) -> None:
             "evaluate": float(column(splits["test"], "seconds").mean()),
         },
     } | describe_run(config)
-    found = summary(results)
-    write_json(output / "versus_recipe.json", results | {"summary": found})
-    print(table(found, peaks[precision], precision))
+    compared = summary(results)
+    write_json(output / "versus_recipe.json", results | {"summary": compared})
+    print(table(compared, peaks[precision], precision))
 
 
 if __name__ == "__main__":

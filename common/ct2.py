@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from common import audio, labels, whisper
 from common.audio import SAMPLES_PER_POSITION
 from common.cli import UserError, first_line
 from common.decoding import Decoded
+from common.whisper import ENCODED_SAMPLES
 
 if TYPE_CHECKING:
     import ctranslate2
@@ -105,11 +107,22 @@ def encode_windows(
     groups = []
     for window in sorted(set(windows)):
         rows = [row for row, own in enumerate(windows) if own == window]
-        states = features(model, waves[rows, : window * SAMPLES_PER_POSITION])
-        if window != model.engine.n_mels:
-            states = model.engine.encode(states)
-        groups.append((rows, states))
+        own = waves[rows, : window * SAMPLES_PER_POSITION]
+        is_mistaken = window == model.engine.n_mels
+        groups.append((rows, features(model, own) if is_mistaken else encode(model, own)))
     return groups
+
+
+def encode(model: CT2Whisper, waves: torch.Tensor) -> ctranslate2.StorageView:
+    """States (B, C, D) of int16 waves (B, N), a few clips at a time: attention is held whole."""
+    import ctranslate2
+
+    size = max(1, ENCODED_SAMPLES // waves.shape[1])
+    pieces = [
+        np.array(model.engine.encode(features(model, piece), to_cpu=True))
+        for piece in waves.split(size)
+    ]
+    return ctranslate2.StorageView.from_array(np.concatenate(pieces))
 
 
 def decode(
@@ -156,12 +169,12 @@ def decode_encoded(
             max_length=2 * cap,  # of which the engine leaves one half to the text
             length_penalty=0,  # scores are sums
             return_scores=True,
+            return_no_speech_prob=True,
         )
         for row, result in zip(rows, results, strict=True):
             [tokens], [score] = result.sequences_ids, result.scores
-            if len(tokens) > caps[row]:  # a longer clip of the batch has a higher cap
-                texts[row] = Decoded(tokens[: caps[row]], None)
-                continue
-            ended = len(tokens) < cap
-            texts[row] = Decoded(tokens, score / (len(tokens) + ended))
+            # A longer clip of the batch may have a higher cap: how far a text went on that hit its
+            # own, and so its score, depends on the batch.
+            logprob = score / (len(tokens) + 1) if len(tokens) < caps[row] else None
+            texts[row] = Decoded(tokens[: caps[row]], logprob, result.no_speech_prob)
     return texts

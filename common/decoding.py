@@ -24,13 +24,15 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoderLayer
+from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from common.audio import SAMPLES_PER_POSITION
 from common.labels import MAX_LABELS, PROMPT_LENGTH, prompt_layout
 from common.whisper import encode
 
 R = TypeVar("R")  # what is computed of a clip
+# Keys and values (clips, H, C, d) of encoder states: by layer, then a pair for each window.
+Cross = list[list[tuple[torch.Tensor, torch.Tensor]]]
 
 SHRINK_AT = 0.8  # share of clips unfinished at which the finished ones leave the batch
 # A text loops where a run of tokens repeats this often and is at least this long in all. Of 639
@@ -52,7 +54,8 @@ class Decoded:
     """The text of one clip."""
 
     tokens: list[int]  # prompt and end token cut; as many as its cap if it hit that
-    logprob: float | None  # mean over its tokens and the end token; None: not greedy
+    logprob: float | None  # mean over its tokens and the end token; None: beams, or not known
+    no_speech: float | None = None  # probability that nobody speaks; None: not asked for
 
 
 def in_halves(compute: Callable[[slice], list[R]], clips: int) -> list[R]:
@@ -123,12 +126,18 @@ def decode_encoded(
     caps: Sequence[int],
     num_beams: int = 1,
     timestamps: bool = False,
+    cross: Cross | None = None,
 ) -> list[Decoded]:
-    """Decode clips that `encode_windows` has encoded, all at once; else as `decode`."""
+    """Decode clips that `encode_windows` has encoded, all at once; else as `decode`.
+
+    Args:
+        cross: what `cross_states` gives, where it is known; greedy decoding empties it, so that
+            memory is freed as clips end.
+    """
     if timestamps or (num_beams == 1 and _is_plain_greedy(model.generation_config)):
         prompts = _prompts(model, languages, task, len(caps))
         if not timestamps:
-            return _greedy(model, encoded, prompts, caps)
+            return _greedy(model, encoded, prompts, caps, cross=cross)
         no_timestamps = model.generation_config.no_timestamps_token_id
         return _greedy(model, encoded, prompts[:, :-1], caps, forbidden=[no_timestamps])
     texts = [Decoded([], None)] * len(caps)
@@ -254,13 +263,34 @@ def _is_plain_greedy(config: GenerationConfig) -> bool:
 # ------ greedy
 
 
+def cross_states(
+    model: WhisperForConditionalGeneration, encoded: list[tuple[list[int], torch.Tensor]]
+) -> Cross:
+    """Keys and values of clips that `encode_windows` has encoded."""
+    return [
+        [
+            tuple(
+                _heads(project(states), layer.encoder_attn).contiguous()
+                for project in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)
+            )
+            for _, states in encoded
+        ]
+        for layer in model.model.decoder.layers
+    ]
+
+
 @torch.inference_mode()
 def start_probabilities(
-    model: WhisperForConditionalGeneration, encoded: list[tuple[list[int], torch.Tensor]]
+    model: WhisperForConditionalGeneration,
+    encoded: list[tuple[list[int], torch.Tensor]],
+    cross: Cross | None = None,
 ) -> torch.Tensor:
-    """Probabilities (B, V) of what follows the start token: a language, or that nobody speaks."""
-    states = [group for _, group in encoded]
-    caches = [_new_cache(layer, states, 1) for layer in model.model.decoder.layers]
+    """Probabilities (B, V) of what follows the start token: a language, or that nobody speaks.
+
+    Args:
+        cross: what `cross_states` gives, where it is known.
+    """
+    caches = [_new_cache(own, 1) for own in cross or cross_states(model, encoded)]
     start = model.generation_config.decoder_start_token_id
     clips = [clip for group, _ in encoded for clip in group]
     tokens = torch.full((len(clips), 1), start, device=model.device)
@@ -318,18 +348,11 @@ def _heads(x: torch.Tensor, attention: WhisperAttention) -> torch.Tensor:
     return x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
 
-def _new_cache(layer: WhisperDecoderLayer, encoded: list[torch.Tensor], room: int) -> LayerCache:
+def _new_cache(cross: list[tuple[torch.Tensor, torch.Tensor]], room: int) -> LayerCache:
     """Keys and values of the encoder's states, and room for those of `room` tokens."""
-    attention = layer.encoder_attn
-    cross = [
-        (
-            _heads(attention.k_proj(states), attention).contiguous(),
-            _heads(attention.v_proj(states), attention).contiguous(),
-        )
-        for states in encoded
-    ]
     keys, _ = cross[0]  # under autocast its dtype is not that of the states
-    shape = (sum(map(len, encoded)), attention.num_heads, room, attention.head_dim)
+    _, heads, _, width = keys.shape
+    shape = (sum(len(own) for own, _ in cross), heads, room, width)
     return LayerCache(keys.new_empty(shape), keys.new_empty(shape), cross)
 
 
@@ -382,6 +405,7 @@ def _greedy(
     prompts: torch.Tensor,
     caps: Sequence[int],
     forbidden: Sequence[int] = (),
+    cross: Cross | None = None,
 ) -> list[Decoded]:
     """The most probable token, again and again, in a batch that shrinks as clips end.
 
@@ -389,6 +413,7 @@ def _greedy(
         encoded: clips and their states, a pair for each window.
         prompts: (B, P) tokens.
         forbidden: tokens that are never taken, beside those of the checkpoint.
+        cross: keys and values of the states, where they are known.
     """
     config, texts = model.generation_config, [[] for _ in caps]
     suppressed, suppressed_first = (
@@ -401,8 +426,9 @@ def _greedy(
     )
     clips = [clip for group, _ in encoded for clip in group]  # of the rows of the batch
     unfinished = set(clips)
-    states, room = [group for _, group in encoded], prompts.shape[1] + max(caps)
-    caches = [_new_cache(layer, states, room) for layer in model.model.decoder.layers]
+    room, cross = prompts.shape[1] + max(caps), cross or cross_states(model, encoded)
+    caches = [_new_cache(own, room) for own in cross]
+    cross.clear()
     tokens, position = prompts[clips], 0
     logprobs, owners = [], []  # of each token: on the device, and its clip
     while unfinished:

@@ -7,9 +7,11 @@ reading and checked on a CPU (tests/common/test_memory.py) and on a simulated GP
 Legend: C encoder positions, T label tokens, D width, V vocabulary.
 """
 
+import contextlib
 import os
 import resource
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -111,7 +113,7 @@ def kept_by_layer(config: WhisperConfig, step: Step) -> Kept:
     adapter always, a copy of its own behind its dropout. bitsandbytes' 8-bit product keeps its
     input though nothing of it is trained; the 4-bit one does not. Under autocast each linear layer
     casts, and keeps, what a LayerNorm returns for itself; in float32 they share it, and before
-    8-bit layers it is cast once (`whisper.add_lora`).
+    8-bit layers it is cast once (`training/lora.py`).
     """
     value, wide = step.bytes_per_value, config.encoder_ffn_dim / config.d_model
     adapted = step.lora_targets if step.tune == "lora" else ()
@@ -154,6 +156,15 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def reset_peak() -> None:
+    """Begin anew with `peak_memory_gib`; where a system cannot reset a process's, it stays."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: man 5 proc
 
 
 def held_gib(device: torch.device) -> float:

@@ -162,10 +162,10 @@ def count_errors(reference: str, hypothesis: str, unit: Unit) -> ErrorCounts:
     ErrorCounts(substitutions=1, deletions=0, insertions=1, reference_length=3)
     """
     split = str.split if unit == "word" else list
-    wanted, said = split(reference), split(hypothesis)
-    tags = [edit.tag for edit in Levenshtein.editops(wanted, said)]
+    units = split(reference)
+    tags = [edit.tag for edit in Levenshtein.editops(units, split(hypothesis))]
     return ErrorCounts(
-        tags.count("replace"), tags.count("delete"), tags.count("insert"), len(wanted)
+        tags.count("replace"), tags.count("delete"), tags.count("insert"), len(units)
     )
 
 

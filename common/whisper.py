@@ -202,12 +202,21 @@ def complete_generation_config(
         for name in ("language", "task", "lang_to_id", "task_to_id"):
             vars(config).pop(name, None)  # `generate` would refuse them, or detect a language
         return
-    last = ids["<|translate|>"]
-    config.lang_to_id = {name: token for name, token in ids.items() if start < token < last}
+    config.lang_to_id = {f"<|{code}|>": token for code, token in language_ids(tokenizer).items()}
     config.task_to_id = {task: ids[f"<|{task}|>"] for task in labels.TASKS}
+
+
+def language_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the language tokens by code; none for an English-only model."""
+    if labels.is_english_only(tokenizer):
+        return {}
+    ids = tokenizer.get_added_vocab()
+    first, last = tokenizer.convert_tokens_to_ids(labels.START), ids["<|translate|>"]
+    by_code = {name[2:-2]: token for name, token in ids.items() if first < token < last}
     for old, code in ALIASES.items():  # Hebrew is <|iw|> in Whisper's first releases
-        if f"<|{old}|>" in config.lang_to_id:
-            config.lang_to_id.setdefault(f"<|{code}|>", config.lang_to_id[f"<|{old}|>"])
+        if old in by_code:
+            by_code.setdefault(code, by_code[old])
+    return by_code
 
 
 def allow_empty_text(model: WhisperForConditionalGeneration) -> None:

@@ -11,8 +11,8 @@ READERS = {
 PADDED = {
     "hf": "`generate` and `pipeline` of transformers pad every clip to 30 seconds.",
     "ct2": "faster-whisper and WhisperX pad every clip to 30 seconds.",
-    "ggml": "whisper.cpp pads every clip to 30 seconds, unless it is given `--audio-ctx`. Its flash "
-    "attention\nalso attends to positions after the window: give `--no-flash-attn`, above all with "
+    "ggml": "whisper.cpp pads every clip to 30 seconds, unless given `--audio-ctx`. Its flash\n"
+    "attention also attends to positions after the window: give `--no-flash-attn`, above all with\n"
     "`--audio-ctx`.",
 }
 NATURAL = {

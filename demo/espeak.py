@@ -1,4 +1,4 @@
-"""Marathi speech from espeak-ng, through ctypes: the library sits in the package espeakng-loader.
+"""Speech from espeak-ng, Marathi by default, by ctypes: the library is in package espeakng-loader.
 
 espeak-ng carries noise and flutter over from one sentence to the next and cannot be reset, so equal
 samples need a new process and the same sentences in the same order.
@@ -6,10 +6,12 @@ samples need a new process and the same sentences in the same order.
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import espeakng_loader
 import numpy as np
+import soxr
 
 # From espeak-ng's speak_lib.h.
 AUDIO_OUTPUT_SYNCHRONOUS = 2  # espeak_Synth returns when the callback has had every sample
@@ -18,8 +20,9 @@ POS_CHARACTER = 1
 PARAMETER_RATE = 1  # words a minute
 PARAMETER_PITCH = 3  # 0 to 100
 OK = 0
+WORD, END_OF_LIST = 1, 0  # types of events
 
-LANGUAGE = b"mr"
+LANGUAGE = "mr"
 RANDOM_SEED = 0  # of the breath noise; espeak-ng takes the time of day if nobody sets it
 
 SynthCallback = ctypes.CFUNCTYPE(
@@ -75,20 +78,38 @@ def load() -> tuple[ctypes.CDLL, int, list[bytes], Callable[..., int]]:
     return library, rate, pieces, callback
 
 
-def speak(text: str, *, variant: str, words_per_minute: int, pitch: int) -> tuple[np.ndarray, int]:
+class Event(ctypes.Structure):
+    """espeak_EVENT."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    )
+
+
+def speak(
+    text: str, *, variant: str, words_per_minute: int, pitch: int, language: str = LANGUAGE
+) -> tuple[np.ndarray, int]:
     """Speak one sentence.
 
     Args:
-        text: Marathi in Devanagari.
+        text: in the script of the language.
         variant: name of a file in espeak-ng's `voices/!v`, for example "f2".
         words_per_minute: 80 to 450.
         pitch: 0 to 100; 50 is the variant's own.
+        language: code of the voice.
 
     Returns:
         int16 (N,), and the sampling rate.
     """
     library, rate, pieces, _ = load()
-    _set_voice(library, variant)
+    _set_voice(library, language.encode(), variant)
     assert library.espeak_SetParameter(PARAMETER_RATE, words_per_minute, 0) == OK
     assert library.espeak_SetParameter(PARAMETER_PITCH, pitch, 0) == OK
     pieces.clear()
@@ -98,10 +119,49 @@ def speak(text: str, *, variant: str, words_per_minute: int, pitch: int) -> tupl
     return np.frombuffer(b"".join(pieces), dtype=np.int16), rate
 
 
-def _set_voice(library: ctypes.CDLL, variant: str) -> None:
-    """Choose the Marathi voice in one variant; espeak-ng passes over an unknown one in silence."""
-    name = LANGUAGE + b"+" + variant.encode()
+def speak_words(
+    sentence: str, *, variant: str, language: str = LANGUAGE
+) -> tuple[np.ndarray, list[float]]:
+    """A sentence after half a second of noise, before a second of it, and when its words begin.
+
+    Returns:
+        float32 (N,) at 16 kHz, and seconds.
+    """
+    library, rate, _, keep = load()
+    starts: list[float] = []
+
+    def hear(wave: Any, num_samples: int, events: Any) -> int:
+        keep(wave, num_samples, None)
+        starts.extend(event.sample / rate for event in _events(events) if event.type == WORD)
+        return 0  # go on
+
+    callback = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event)
+    )(hear)
+    library.espeak_SetSynthCallback(ctypes.cast(callback, SynthCallback))
+    try:
+        samples, _ = speak(
+            sentence, variant=variant, words_per_minute=150, pitch=50, language=language
+        )
+    finally:
+        library.espeak_SetSynthCallback(keep)
+    speech = soxr.resample(samples / 32768, rate, 16_000)
+    noise = 0.0005 * np.random.default_rng(0).standard_normal(24_000)
+    whole = np.concatenate([noise[:8_000], speech, noise[8_000:]]).astype(np.float32)
+    return whole, [start + 0.5 for start in starts]
+
+
+def _events(events: Any) -> Iterator[Event]:
+    index = 0
+    while events and events[index].type != END_OF_LIST:
+        yield events[index]
+        index += 1
+
+
+def _set_voice(library: ctypes.CDLL, language: bytes, variant: str) -> None:
+    """Choose a voice in one variant; espeak-ng passes over an unknown one in silence."""
+    name = language + b"+" + variant.encode()
     assert library.espeak_SetVoiceByName(name) == OK, f"no voice {name!r}"
     voice = library.espeak_GetCurrentVoice().contents
-    assert voice.languages[1:] == LANGUAGE, f"{name!r} speaks {voice.languages!r}"
+    assert voice.languages[1:] == language, f"{name!r} speaks {voice.languages!r}"
     assert voice.identifier.endswith(b"+" + variant.encode()), f"no variant {variant!r}"

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from common import decoding, labels, predictions
 from common.accelerator import say
+from common.batching import DecodeBatch
 from common.collator import load_batches
 from common.languages import ALIASES
 from common.metrics import keep_marks
@@ -29,9 +31,10 @@ from common.prepared import column
 from common.systems import System
 from evaluation.scores import Scores, transcribe
 
-SAMPLE = 16  # clips: each is encoded four times, which takes a CPU seconds
+SAMPLE = 16  # clips: each is encoded and decoded twice more, which takes a CPU seconds
 SEED = 0
 MOST_CONFUSED = 5  # pairs of languages
+Encoded = list[tuple[list[int], torch.Tensor]]  # as `decoding.encode_windows` gives clips
 STEPS_PER_SECOND = 50  # timestamps are 20 ms apart
 # How far a text's last time may be beyond the clip. Whisper was trained on times of subtitles.
 END_TOLERANCE_SECONDS = 0.5
@@ -80,6 +83,7 @@ def measure_abilities(
     }
 
 
+@torch.inference_mode()
 def observe(
     sample: Sample,
     system: System,
@@ -87,9 +91,9 @@ def observe(
 ) -> dict[str, tuple[str, "TimestampForm | None"]]:
     """The language that is detected in each clip, and the form of its timestamps, by clip id.
 
-    Each clip is decoded once, at the system's own window.
+    Each clip is encoded and decoded once, at the system's own window.
     """
-    model, english_only = system.model, labels.is_english_only(system.tokenizer)
+    model = system.model
     seconds, ids = column(sample.clips, "seconds"), column(sample.clips, "id")
     batches, _ = predictions.plan_batches(
         system.accelerator,
@@ -102,48 +106,35 @@ def observe(
     )
     own = batches[system.accelerator.process_index :: system.accelerator.num_processes]
     loader = load_batches(sample.clips, own, predictions.collator_for(model), num_workers=0)
+    multilingual = not labels.is_english_only(system.tokenizer)
+
+    def observe_part(
+        batch: DecodeBatch, waves: torch.Tensor, rows: slice
+    ) -> list[tuple[str, TimestampForm | None]]:
+        clips = batch.clips[rows]
+        encoded = decoding.encode_windows(model, waves[rows], batch.windows[rows])
+        languages = [sample.languages[clip] for clip in clips] if multilingual else None
+        detected = detect_languages(model, encoded) if multilingual else [""] * len(clips)
+        forms = timestamp_forms(model, encoded, languages, [seconds[i] for i in clips], options)
+        return list(zip(detected, forms, strict=True))
+
     observed = []
     for batch, inputs in zip(own, loader, strict=True):
-        clips, waves = list(batch.clips), inputs["waves"]
-        detected = [""] * len(clips)
-        if not english_only:
-            detected = detect_languages(model, waves, batch.windows)
-        forms: list[TimestampForm | None] = [None] * len(clips)
-        if has_timestamps(model):
-            texts = decoding.decode(
-                model,
-                waves,
-                windows=batch.windows,
-                languages=None if english_only else [sample.languages[clip] for clip in clips],
-                task=options.task,
-                caps=[
-                    predictions.token_cap(float(seconds[clip]), options.tokens_per_second)
-                    for clip in clips
-                ],
-                timestamps=True,
-            )
-            config = model.generation_config
-            first, end = config.no_timestamps_token_id + 1, config.eos_token_id
-            forms = [
-                timestamp_form(text.tokens, float(seconds[clip]), first=first, end=end)
-                for clip, text in zip(clips, texts, strict=True)
-            ]
-        observed += zip([str(ids[clip]) for clip in clips], detected, forms, strict=True)
-    return {clip_id: (code, form) for clip_id, code, form in gather_object(observed)}
+        part = partial(observe_part, batch, inputs["waves"])
+        results = decoding.in_halves(part, len(batch.clips))
+        observed += zip([str(ids[clip]) for clip in batch.clips], results, strict=True)
+    return dict(gather_object(observed))
 
 
 # ------ languages
 
 
-@torch.inference_mode()
-def detect_languages(
-    model: WhisperForConditionalGeneration, waves: torch.Tensor, windows: Sequence[int]
-) -> list[str]:
-    """The most probable language after the start token, for waves (B, N)."""
+def detect_languages(model: WhisperForConditionalGeneration, encoded: Encoded) -> list[str]:
+    """The most probable language after the start token, for each encoded clip (B)."""
     tokens = model.generation_config.lang_to_id
     codes = {token: ALIASES.get(name[2:-2], name[2:-2]) for name, token in tokens.items()}
-    detected = [""] * len(windows)
-    for rows, states in decoding.encode_windows(model, waves, windows):
+    detected = [""] * sum(len(rows) for rows, _ in encoded)
+    for rows, states in encoded:
         ids = model.detect_language(encoder_outputs=BaseModelOutput(states)).tolist()
         for row, token in zip(rows, ids, strict=True):
             detected[row] = codes[token]
@@ -227,6 +218,32 @@ class TimestampForm:
 
 def has_timestamps(model: WhisperForConditionalGeneration) -> bool:
     return model.config.vocab_size > model.generation_config.no_timestamps_token_id + 1
+
+
+def timestamp_forms(
+    model: WhisperForConditionalGeneration,
+    encoded: Encoded,
+    languages: Sequence[str] | None,
+    seconds: Sequence[float],
+    options: predictions.DecodeOptions,
+) -> list[TimestampForm | None]:
+    """Decode encoded clips (B) with timestamps, and examine them; `None` where there are none."""
+    if not has_timestamps(model):
+        return [None] * len(seconds)
+    texts = decoding.decode_encoded(
+        model,
+        encoded,
+        languages=languages,
+        task=options.task,
+        caps=[predictions.token_cap(float(own), options.tokens_per_second) for own in seconds],
+        timestamps=True,
+    )
+    config = model.generation_config
+    first, end = config.no_timestamps_token_id + 1, config.eos_token_id
+    return [
+        timestamp_form(text.tokens, float(own), first=first, end=end)
+        for text, own in zip(texts, seconds, strict=True)
+    ]
 
 
 def timestamp_form(tokens: Sequence[int], seconds: float, *, first: int, end: int) -> TimestampForm:

@@ -173,16 +173,19 @@ def judge(
         losses: (N,).
     """
     ids = [str(clip_id) for clip_id in column(dataset, "id")]
-    heard = [predictions[clip_id] for clip_id in ids]
+    own = [predictions[clip_id] for clip_id in ids]
     texts = [_letters(*pair) for pair in zip(column(dataset, "text"), languages, strict=True)]
-    said = [_letters(own.text, language) for own, language in zip(heard, languages, strict=True)]
-    counts = [count_errors(*pair, "char") for pair in zip(texts, said, strict=True)]
+    hypotheses = [
+        _letters(prediction.text, language)
+        for prediction, language in zip(own, languages, strict=True)
+    ]
+    counts = [count_errors(*pair, "char") for pair in zip(texts, hypotheses, strict=True)]
     cer = np.array([count.rate for count in counts])
     rates = np.array([len(text) for text in texts]) / column(dataset, "seconds")
     length = robust_z(np.log(np.maximum(rates, 0.1)), SPREADS["length"])
     loss_z = robust_z(losses, SPREADS["loss"])
     cer_z = robust_z(np.minimum(cer, 100.0), SPREADS["cer"])
-    nearer = [nearest_neighbour(texts, said, clip) for clip in range(len(ids))]
+    nearer = [nearest_neighbour(texts, hypotheses, clip) for clip in range(len(ids))]
     score = sum(
         surprise(values)
         for values in (loss_z, cer_z, abs(length), np.array([gain for gain, _ in nearer]))
@@ -195,8 +198,8 @@ def judge(
             (length[clip] > FAR, "many characters a second"),
             (length[clip] < -FAR, "few characters a second"),
             (gain > NEARER, NEIGHBOUR),
-            (not heard[clip].text, "nothing heard"),
-            (heard[clip].loops, "heard a loop"),
+            (not own[clip].text, "nothing heard"),
+            (own[clip].loops, "heard a loop"),
         )
         clips.append(
             Clip(
@@ -208,7 +211,7 @@ def judge(
                 round(float(cer[clip]), 1),
                 round(float(rates[clip]), 2),
                 str(transcripts[clip]),
-                heard[clip].text,
+                own[clip].text,
             )
         )
     return sorted(clips, key=lambda clip: (-clip.score, clip.id))
@@ -237,14 +240,17 @@ def surprise(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, -np.log10(larger / len(values)), 0.0)
 
 
-def nearest_neighbour(texts: Sequence[str], said: Sequence[str], clip: int) -> tuple[float, int]:
-    """How much more what was heard is like a neighbour's text than its own (-1 to 1), and which.
+def nearest_neighbour(
+    texts: Sequence[str], hypotheses: Sequence[str], clip: int
+) -> tuple[float, int]:
+    """How much more a hypothesis is like a neighbour's text than its own (-1 to 1), and which.
 
     Neighbours are the clips before and after in the order of the source.
     """
-    own = Levenshtein.normalized_similarity(said[clip], texts[clip])
+    own = Levenshtein.normalized_similarity(hypotheses[clip], texts[clip])
     gains = [(-1.0, clip)]
     for other in (clip - 1, clip + 1):
         if 0 <= other < len(texts):
-            gains.append((Levenshtein.normalized_similarity(said[clip], texts[other]) - own, other))
+            similarity = Levenshtein.normalized_similarity(hypotheses[clip], texts[other])
+            gains.append((similarity - own, other))
     return max(gains, key=lambda gain: gain[0])

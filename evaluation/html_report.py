@@ -346,6 +346,11 @@ def render(
         | ({"invented": len(invented)} if panel else {}),
         panel=panel,
         invented=invented,
+        correlations={
+            name: own["logprob_error_correlation"]
+            for name, own in systems.items()
+            if own.get("logprob_error_correlation") is not None
+        },
         has_logprob=any(own.logprob is not None for clip in clips for own in clip.transcripts),
         num_voices=sum(bool(clip.voice and clip.reference) for clip in (*clips, *invented)),
         dots=dots,

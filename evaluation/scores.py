@@ -101,13 +101,19 @@ def score_clips(
     name: str,
     system: System,
 ) -> None:
-    """Decode all clips with a system, and add it as `name`. All processes must call."""
+    """Decode all clips with a system, and add it as `name`. All processes must call.
+
+    The first process alone counts errors: it writes them.
+    """
     dataset, task = scores.dataset, scores.options.task
     start = time.perf_counter()
     texts, batch_seconds = transcribe(system, dataset, scores.options)
     wall_seconds = time.perf_counter() - start
+    scores.texts[name], scores.systems[name] = texts, {}
+    if not system.accelerator.is_main_process:
+        return
     counts = predictions.count_errors(dataset, texts, system.tokenizer, task=task)
-    scores.texts[name], scores.counts[name] = texts, counts
+    scores.counts[name] = counts
     scores.systems[name] = predictions.summarise(texts, counts) | {
         "window": system.window_mode,
         "warning": system.warning,
@@ -115,7 +121,7 @@ def score_clips(
         "batch_seconds": batch_seconds,
         "wall_seconds": wall_seconds,
         "real_time_factor": wall_seconds / scores.seconds,
-        "peak_memory_gib": peak_memory_gib(),  # of rank 0 so far
+        "peak_memory_gib": peak_memory_gib(),  # of rank 0, since the system began to load
         "worst": worst_clips(dataset, texts, counts["keep_marks"]),
     }
 
@@ -132,6 +138,8 @@ def score_other_window(
     dataset, options = scores.dataset, scores.options
     other = replace(system, window_mode="full" if system.window_mode == "natural" else "natural")
     texts, _ = transcribe(other, dataset, options)
+    if not system.accelerator.is_main_process:
+        return
     counts = predictions.count_errors(dataset, texts, system.tokenizer, task=options.task)
     scores.other_counts[name] = counts
     rates = predictions.summarise(texts, counts) | {"window": other.window_mode}

@@ -29,6 +29,25 @@ from common import labels, whisper  # noqa: E402
 from training import lora  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each worker of xdist begin with the files of long tests, and end with short tests.
+
+    A worker gets a contiguous part of all tests, and takes over tests from the end of another's
+    part when it has done its own: the shorter they are, the closer together the workers end.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    groups = [[item for item in items if (item.path in long) is begins] for begins in (True, False)]
+    items[:] = [
+        item
+        for worker in range(workers)
+        for group in groups
+        for item in group[worker * len(group) // workers : (worker + 1) * len(group) // workers]
+    ]
+
+
 def pytest_collection_finish() -> None:
     """Keep what imports made out of garbage collections: Accelerate asks for some in each run."""
     gc.freeze()

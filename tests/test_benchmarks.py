@@ -1,14 +1,18 @@
 """The benchmarks: formulas against counted operations, and a whole run on a tiny corpus."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import launch
+import numpy as np
 import pytest
 import soundfile
 import tiny
@@ -25,6 +29,7 @@ from benchmarks import (
     scaling,
     simulated_memory,
     time_to_quality,
+    transcription,
     versus_recipe,
 )
 from common import audio, cli, whisper
@@ -37,6 +42,7 @@ BENCHMARKS = {
     "kill_resume": kill_resume,
     "simulated_memory": simulated_memory,
     "time_to_quality": time_to_quality,
+    "transcription": transcription,
 }
 
 
@@ -228,6 +234,73 @@ def test_kills_are_counted_and_runs_compared(tmp_path):
     found = json.loads((tmp_path / "killed" / "kill_resume.json").read_text(encoding="utf-8"))
     assert found["kills"] >= 3
     assert (found["lost"], found["changed"]) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    """What export.py writes, of a random Whisper whose texts end."""
+    converters = pytest.importorskip("ctranslate2.converters", reason="requirements-export.txt")
+    pytest.importorskip("silero_vad", reason="requirements-export.txt")
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(checkpoint, folder / "hf")
+    model = whisper.load_base(str(checkpoint), dtype=torch.float32)
+    direction = torch.nn.functional.normalize(
+        torch.randn(64, generator=torch.manual_seed(0)), dim=0
+    )
+    with torch.no_grad():
+        positions = model.model.decoder.embed_positions.weight
+        positions *= 6
+        positions += 2 * (torch.arange(len(positions))[:, None] - 16) * direction
+        model.proj_out.weight[tiny.END] += 3 * direction
+    model.save_pretrained(folder / "hf")
+    output = folder / "ct2_float32"
+    converters.TransformersConverter(str(folder / "hf")).convert(str(output))
+    vocabulary = json.loads((output / "vocabulary.json").read_text())
+    vocabulary[0] = ""  # Whisper's multilingual vocabularies are known by this token
+    (output / "vocabulary.json").write_text(json.dumps(vocabulary))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / file, output)
+    return folder
+
+
+@pytest.mark.slow
+def test_transcripts_of_each_engine_are_measured_and_scored(exported, prepared, tmp_path, forked):
+    engines = ["ours_torch", "ours_ct2"]
+    if importlib.util.find_spec("faster_whisper"):
+        engines.append("fw_batched_greedy")
+    output = tmp_path / "transcription"
+    config = transcription.Config(
+        str(prepared), str(exported), "mr", str(output), max_clips=3, engines=",".join(engines)
+    )
+    transcription.main(config)
+    found = json.loads((output / "transcription.json").read_text(encoding="utf-8"))
+    assert len(found["engines"]) == len(engines)
+    for name, runs in found["engines"].items():
+        assert runs.keys() == {"start", "files", "pauses", "dense", "spoken"}
+        for condition, run in runs.items():
+            assert run["cpu_seconds"] > 0 and run["peak_memory_gib"] > 0, (name, condition)
+            assert run["wer"] > 0, (name, condition)
+        assert runs["files"]["clips_without_words"] <= 3
+    ours = [runs["spoken"] for name, runs in found["engines"].items() if name.startswith("ours")]
+    assert all(run["words"] > 0 for run in ours)
+    lines = (output / "transcription.md").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith("| ours") for line in lines) == 4 * len(ours)
+    with pytest.raises(cli.UserError, match=r"unknown ours: .*--exported .*: has no ct2_int8"):
+        config = replace(config, output_dir="x", engines="ours,ours_ct2_int8")
+        transcription.main(config)
+
+
+def test_clips_and_the_pauses_between_them_are_where_the_benchmark_says(tmp_path):
+    clips = [(0.5 * np.ones(16_000 * seconds), str(seconds)) for seconds in (2, 1)]
+    own = transcription.join(tmp_path, "a", clips, [1.0, 3.0, 0.5])
+    assert [(part.start, part.end, part.text) for part in own.parts] == [(1, 3, "2"), (6, 7, "1")]
+    samples, rate = soundfile.read(tmp_path / "a.wav")
+    assert (len(samples), rate) == (own.seconds * 16_000, 16_000) and own.seconds == 7.5
+    loud = np.abs(samples) > 0.4
+    assert loud.sum() == 3 * 16_000 and loud[16_000:48_000].all() and loud[96_000:112_000].all()
+    words = [(0.9, 1.2, "2"), (3.4, 3.6, "x"), (4.0, 5.0, "y"), (5.9, 6.0, "z"), (7.4, 7.5, "w")]
+    assert transcription.words_in_pauses(own, words) == 2
+    assert transcription.clips_without_words(own, words) == 1
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from common import audio, decoding, memory, precision, predictions, whisper
 from common.batching import MicroBatch
 from common.collator import IGNORED, label_positions, load_batches
 from common.prepared import load_prepared
-from training import augment, lora
+from training import augment, lora, tuning
 from training.loss import SpeechLoss
 from training.step import batch_loss, split_rows
 
@@ -159,7 +159,7 @@ def make_trained(path: Path, kind: str, device: torch.device, **options: str) ->
     held = eval_wer.DTYPES[precision]
     base = whisper.load_base(str(path), dtype=held, quantize=quantize, device=accelerator.device)
     config = train_lora.Config(learning_rate=1e-3, **options)
-    model = train_lora.trainable_model(config, base)
+    model = tuning.trainable_model(base, config.tuning())
     trainable = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, fused=True)
     speech_loss, optimizer = accelerator.prepare(SpeechLoss(model), optimizer)

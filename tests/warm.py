@@ -6,9 +6,7 @@ output, process group and network, ended by the interpreter as usual. `accelerat
 its processes the same way. They share the seed of `hash`; the container's tests start Python anew.
 """
 
-import contextlib
 import ctypes
-import fcntl
 import functools
 import gc
 import importlib
@@ -121,19 +119,14 @@ def start(words: list[str], **options: Any) -> subprocess.Popen:
 # ------ in the server and what it forks
 
 
-def load_deepspeeds_extension() -> None:
-    """Compile it, the first time, for all processes to come.
+def leave_out_deepspeeds_extension() -> None:
+    """On a CPU, DeepSpeed compiles an all-reduce for inference, which training never calls.
 
-    One that is killed while it compiles leaves a lock for which all others wait without end.
+    It asks compilers what it can build, and then builds, for a minute, in the first run under ZeRO.
     """
-    from deepspeed.comm.torch import build_shm_op
+    import deepspeed.ops
 
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "tests.lock").open("w") as file, contextlib.suppress(RuntimeError):
-        fcntl.flock(file, fcntl.LOCK_EX)
-        (folder / "deepspeed_shm_comm" / "lock").unlink(missing_ok=True)
-        build_shm_op()
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def serve(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -219,12 +212,11 @@ if __name__ == "__main__":
     for name in IMPORTS:
         importlib.import_module(name)
     SET_BY_IMPORTS = {name for name in os.environ if os.environ[name] != before.get(name)}
+    leave_out_deepspeeds_extension()
     gc.freeze()
     requests = socket.socket(fileno=int(sys.argv[1]))
     requests.send(b"ready")
     command = become(*serve(requests))
-    if any("deepspeed" in word for word in command):
-        load_deepspeeds_extension()  # before its processes are forked
     if command[:2] == ["-m", LAUNCHER] and (requests := fork_a_server()):
         command = become(*serve(requests))
     run(command)

@@ -27,8 +27,28 @@ from common.cli import UserError
 from common.files import IGNORED, new_folder, remove_folder, write_json
 from training import lora, sharded
 
+# Options that a resumed run may change: none of them changes what is computed, but for rounding.
+FREE_ON_RESUME = {
+    "output_dir", "resume", "num_workers", "log_every", "save_every", "eval_every", "wer_every",
+    "keep_checkpoints", "max_batch_seconds", "memory_gib", "save_every_minutes", "max_minutes",
+    "resume_changed", "collective_timeout", "cache_dir", "patience",
+}  # fmt: skip
 STATE = "state.json"
 TENSORS = (sharded.WEIGHTS, *sharded.MOMENTS)  # a file of each
+
+
+def identify(
+    options: dict[str, Any], accelerator: Accelerator, report: dict[str, Any]
+) -> dict[str, Any]:
+    """What a resumed run must share with the interrupted one.
+
+    Args:
+        options: of the script, by name.
+        report: preprocess.json of the data.
+    """
+    kept = {name: value for name, value in options.items() if name not in FREE_ON_RESUME}
+    digest = hashlib.sha256(json.dumps(report).encode()).hexdigest()[:16]
+    return kept | {"precision": accelerator.mixed_precision, "data_dir": digest}
 
 
 def save(
@@ -116,8 +136,7 @@ def find(
     """The newest whole checkpoint in `folder`, if any, and warnings to be shown.
 
     Args:
-        identity: what a resumed run must share with the interrupted one: options by name, and for
-            `data_dir` a digest of its preprocess.json.
+        identity: as `identify` gives it.
         changed_too: resume although some of them differ.
 
     Raises:

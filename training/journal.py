@@ -15,6 +15,8 @@ from common.memory import MemoryPlan
 from training import engine
 from training.meter import Meter
 from training.plan import TrainPlan
+from training.sharded import trained_parameters
+from training.step import TrainState
 
 
 @dataclass
@@ -64,21 +66,16 @@ def _keep_until(metrics: Path, last_step: int, evaluated: bool) -> None:
 
 
 def announce(
-    accelerator: Accelerator,
-    plan: TrainPlan,
-    fitted: MemoryPlan,
-    *,
-    total_steps: int,
-    num_trainable: int,
-    weights: str,
+    state: TrainState, plan: TrainPlan, fitted: MemoryPlan, *, total_steps: int, weights: str
 ) -> None:
     """Say what is about to be trained.
 
     Args:
         fitted: the micro-batch.
-        num_trainable: parameters.
         weights: precision and quantisation.
     """
+    accelerator = state.accelerator
+    num_trainable = sum(param.numel() for param in trained_parameters(state.model).values())
     say(
         accelerator,
         f"{len(plan.seconds)} clips, {plan.seconds.sum() / 3600:.2f} hours; {total_steps} steps of "

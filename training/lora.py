@@ -1,13 +1,12 @@
-"""What is trained: a fresh LoRA adapter with its dropout, or the base's own weights; saving it.
+"""LoRA: an adapter put on a base or continued, its dropout, its layers; saving what was trained.
 
 Legend: B batch, T positions, D width.
 """
 
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -23,8 +22,6 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForCondi
 from common.adapter import check_base, load_adapter, read_config
 from common.cli import UserError
 from common.provenance import read_record
-
-Tune = Literal["lora", "full", "encoder_frozen"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 FEATURE_ROOM = 2**33  # between the seeds of two modules' masks
@@ -170,56 +167,6 @@ def _prepare_quantised(base: WhisperForConditionalGeneration) -> None:
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         _keep_trainable_on_cpu(base)
         _cast_normalised(base)
-
-
-def train_all(base: WhisperForConditionalGeneration, *, encoder: bool) -> None:
-    """Make all weights trainable, with or without the encoder's; position sinusoids stay."""
-    for name, parameter in base.named_parameters():
-        is_encoder = name.startswith("model.encoder.")
-        fixed = name == "model.encoder.embed_positions.weight" or (is_encoder and not encoder)
-        parameter.requires_grad = not fixed
-
-
-def problems(
-    *, tune: Tune, targets: str, scope: str, quantize: str, cache_encoder: bool, init_adapter: str
-) -> list[tuple[bool, str]]:
-    """Rules for `cli.refuse` about what is trained."""
-    unknown = [target for target in targets.split(",") if target not in LORA_TARGETS]
-    option, trained = ("lora_scope", scope) if tune == "lora" else ("tune", tune)
-    return [
-        (
-            bool(unknown),
-            f"--lora_targets {targets}: {','.join(unknown)} is not in Whisper: give some of "
-            f"{','.join(LORA_TARGETS)}",
-        ),
-        (
-            tune != "lora" and quantize != "none",
-            f"--tune {tune}: weights in 8 or 4 bits cannot be trained, as --quantize {quantize} "
-            "makes them: give --tune lora, or --quantize none",
-        ),
-        (
-            bool(init_adapter) and (tune != "lora" or scope != "all"),
-            f"--init_adapter {init_adapter}: is what is trained: leave out --{option} {trained}",
-        ),
-        (
-            cache_encoder and trained not in ("decoder", "encoder_frozen"),
-            f"--cache_encoder true: the encoder changes with --{option} {trained}: give "
-            "--lora_scope decoder or --tune encoder_frozen",
-        ),
-        (
-            not is_scope(scope),
-            f"--lora_scope {scope}: give all, decoder, or top_ and a number: top_2",
-        ),
-    ]
-
-
-def is_scope(scope: str) -> bool:
-    """Whether `--lora_scope` has a meaning.
-
-    >>> is_scope("all"), is_scope("top_2"), is_scope("top_"), is_scope("top_0")
-    (True, True, False, False)
-    """
-    return scope in ("all", "decoder") or re.fullmatch(r"top_[1-9]\d*", scope) is not None
 
 
 def scoped_modules(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
 from common.cli import UserError
@@ -97,20 +98,28 @@ def check_norms(meter: Meter, *, scaled: bool) -> tuple[Step, float] | None:
     return None
 
 
-def explain_not_finite(
-    step: Step, norm: float, dataset: Dataset, report: Path, *, write: bool
-) -> UserError:
-    """The error that names the clips whose gradient is not finite.
+def refuse_not_finite(
+    meter: Meter, dataset: Dataset, folder: Path, accelerator: Accelerator
+) -> None:
+    """End a run whose gradient is not finite, and name the clips of that step.
 
     Args:
-        report: file that the clips are written to, by the process that may `write`.
+        dataset: clips that are trained on.
+        folder: of the run; the first process writes bad_batch.json there.
+
+    Raises:
+        UserError: as `check_norms` says.
     """
+    failure = check_norms(meter, scaled=accelerator.scaler is not None)
+    if failure is None:
+        return
+    (step, norm), report = failure, folder / "bad_batch.json"
     rows = dataset.select_columns(["id", "seconds", "text"])
     clips = [rows[clip] for clip in step.speech]
-    if write:
+    if accelerator.is_main_process:
         write_json(report, {"step": step.number + 1, "gradient_norm": str(norm), "clips": clips})
     ids = ", ".join(str(clip["id"]) for clip in clips)
-    return UserError(
+    raise UserError(
         f"--learning_rate: the gradient's norm is {norm} in step {step.number + 1} (clips {ids}; "
         f"see {report}); nothing was saved since: lower the rate, use bf16 instead of fp16, or "
         "check these clips"

@@ -8,6 +8,7 @@ from typing import Any
 
 from training import checkpoint
 from training.meter import Meter
+from training.occasions import Occasions
 from training.step import TrainState
 from training.stop import Stop
 
@@ -91,6 +92,16 @@ def save_checkpoint(
         keep=output.keep_checkpoints,
     )
     stop.saved(time.monotonic() - start)
+
+
+def save_undue(
+    output: Output, state: TrainState, meter: Meter, stop: Stop, step: int, due: Occasions
+) -> None:
+    """Where --patience ends a run, write what its last step leaves and was not due after it."""
+    if not due.save:
+        save_checkpoint(output, state, meter, stop, step, evaluated=True)
+    if not due.last:
+        save_model(output, state, step)
 
 
 def mark_evaluated(output: Output, state: TrainState, step: int) -> None:

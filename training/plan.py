@@ -17,18 +17,22 @@ Why not Accelerate's own loaders, `accumulate`, `gather_for_metrics` and `save_s
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
 from common import batching
 from common.batching import GlobalBatch, MicroBatch
 from common.collator import EncoderStates, SpeechCollator, load_batches
-from common.labels import PROMPT_LENGTH
+from common.labels import PROMPT_LENGTH, num_prompt_tokens
+from common.prepared import column, label_lengths
 from common.windows import WindowMode
 from training import augment, nonspeech
 from training.clips import EpochClips
+from training.data import Data
 from training.nonspeech import Nonspeech
 
 Inputs = dict[str, torch.Tensor]  # a collated piece: what SpeechLoss takes, by name
@@ -128,6 +132,18 @@ class TrainPlan:
         )
         num_tokens = int(lengths[list(batch.clips)].sum())
         return Step(number, epoch, batch, num_tokens, pieces, speech, seconds)
+
+
+def make_plan(data: Data, accelerator: Accelerator, **options: Any) -> TrainPlan:
+    """The plan of the training clips on these processes; `options` are its other fields."""
+    return TrainPlan(
+        seconds=column(data.train, "seconds"),
+        label_lengths=label_lengths(data.train) - 1,  # the start token is cut
+        prompt_length=num_prompt_tokens(data.tokenizer),
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        **options,
+    )
 
 
 def load_steps(

@@ -11,11 +11,12 @@ import torch
 
 from common import memory
 from common.accelerator import say
+from common.collator import SpeechCollator
 from common.files import write_json
 from training import engine
 from training import output as outputs
 from training.data import Data
-from training.encoder_cache import EncoderCache
+from training.encoder_cache import EncoderCache, load_or_fill
 from training.journal import Journal, open_journal
 from training.meter import Meter
 from training.occasions import Every, occasions
@@ -32,6 +33,7 @@ class Run:
     state: TrainState
     data: Data
     validation: Validation | None
+    collate: SpeechCollator
     plan: TrainPlan
     total_steps: int
     every: Every
@@ -71,6 +73,27 @@ def start(run: Run, resumed_from: str, saved: dict[str, Any]) -> tuple[Journal, 
     if run.output.exhausted and not due.last:
         outputs.save_model(run.output, run.state, done)
     return journal, meter
+
+
+def cache_outputs(
+    run: Run, cache_dir: str, *, dtype: torch.dtype, num_workers: int
+) -> EncoderCache:
+    """The outputs of a frozen encoder for all training clips.
+
+    Args:
+        cache_dir: "" is a folder within the run's.
+    """
+    output, plan = run.output, run.plan
+    identity = {
+        "model": output.source,
+        "base_probe": output.provenance["base_probe"],
+        "data_dir": output.identity["data_dir"],
+    }
+    return load_or_fill(
+        Path(cache_dir or output.folder / "encoder_cache"), identity, run.state, run.reload,
+        run.data.train, run.collate, window_mode=plan.window_mode, dtype=dtype,
+        batch_seconds=plan.max_batch_seconds, num_workers=num_workers,
+    )  # fmt: skip
 
 
 def finish(

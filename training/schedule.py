@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+import torch
+
 Decay = Literal["linear", "cosine"]
 
 
@@ -19,3 +21,9 @@ def learning_rate(
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return peak * (1 - progress if decay == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameters the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -55,9 +55,9 @@ class Stop:
         """Whether all processes say so; each must ask."""
         if self.group is None:
             return flag
-        told = torch.tensor(flag, dtype=torch.int32)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN, group=self.group)
-        return bool(told)
+        agreed = torch.tensor(flag, dtype=torch.int32)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN, group=self.group)
+        return bool(agreed)
 
     def join(self, accelerator: Accelerator, timeout_minutes: float) -> None:
         """From here on all processes agree; each waits so many minutes for the others."""

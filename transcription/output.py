@@ -1,6 +1,8 @@
 """The transcripts of one recording: written under temporary names, then renamed."""
 
+import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +21,20 @@ def is_finished(folder: Path, recording: Recording, formats: list[str]) -> bool:
 
 def transcript_path(folder: Path, recording: Recording, suffix: str) -> Path:
     return folder / f"{recording.name}.{suffix}"
+
+
+def read_transcript(folder: Path, recording: Recording) -> dict[str, Any] | None:
+    """The json transcript of a recording, None if it failed."""
+    path = transcript_path(folder, recording, "json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def written_language(transcript: dict[str, Any]) -> str:
+    """The code of the language of a json transcript; of most segments where each has its own."""
+    if transcript["task"] == "translate":
+        return "en"
+    codes = Counter(segment["language"] for segment in transcript["segments"])
+    return transcript["language"] or max(codes, key=codes.__getitem__, default="")
 
 
 @dataclass

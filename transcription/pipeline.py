@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from common.audio import SAMPLE_RATE, AudioError
-from common.systems import System
 from transcription.media import read_pieces
 from transcription.output import Transcripts
 from transcription.recordings import Recording
+from transcription.runtimes import Runtime
 from transcription.segments import Options, Segment, decode_stretches, detect_language
 from transcription.stretches import Stretch, find_stretches
 from transcription.vad import SileroVAD
@@ -73,7 +73,7 @@ class Job:
 class Work:
     """How recordings are transcribed."""
 
-    system: System
+    runtime: Runtime
     vad: SileroVAD
     options: Options
     formats: list[str]
@@ -137,7 +137,7 @@ def _decode(waiting: Sequence[tuple[Job, Stretch]], work: Work) -> None:
         return
     _detect_languages(waiting, work)
     segments = decode_stretches(
-        work.system,
+        work.runtime,
         [stretch for _, stretch in waiting],
         [job.language for job, _ in waiting],
         work.options,
@@ -153,7 +153,7 @@ def _detect_languages(waiting: Sequence[tuple[Job, Stretch]], work: Work) -> Non
     A single stretch is left out: its language is detected where it is decoded, without encoding it
     twice.
     """
-    if work.by_segment or not work.system.model.generation_config.is_multilingual:
+    if work.by_segment or not work.runtime.languages:
         return
     first: dict[Recording, list[Stretch]] = {}
     jobs = {job.recording: job for job, _ in waiting}
@@ -164,7 +164,7 @@ def _detect_languages(waiting: Sequence[tuple[Job, Stretch]], work: Work) -> Non
         if len(stretches) > 1 or not jobs[recording].is_read:
             job = jobs[recording]
             job.language, job.language_probability = detect_language(
-                work.system, stretches[:LANGUAGE_STRETCHES], work.options
+                work.runtime, stretches[:LANGUAGE_STRETCHES], work.options
             )
 
 

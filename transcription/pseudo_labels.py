@@ -14,7 +14,7 @@ from common.cli import UserError
 from common.files import write_text
 from transcription.output import transcript_path
 from transcription.recordings import Recording
-from transcription.stretches import PAD_SECONDS
+from transcription.stretches import with_pauses
 
 
 def check_place(file: Path, recordings: Sequence[Recording]) -> None:
@@ -77,12 +77,11 @@ def _rows(file: Path, recording: Recording, transcript: dict[str, Any]) -> Itera
     model = transcript["adapter"] or transcript["model"]
     for segment, before, after in zip(segments, ends, starts, strict=False):
         logprob = segment["logprob"]
-        start = max(segment["start"] - PAD_SECONDS, (before + segment["start"]) / 2)
-        end = min(segment["end"] + PAD_SECONDS, (segment["end"] + after) / 2)
+        start, end = with_pauses(segment["start"], segment["end"], before=before, after=after)
         yield {
             "path": str(recording.path.resolve().relative_to(file.resolve().parent)),
-            "start": round(start, 2),
-            "end": round(end, 2),
+            "start": start,
+            "end": end,
             "text": segment["text"],
             "language": segment["language"],
             "speaker": recording.name,  # so that a recording is in one split

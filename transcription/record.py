@@ -1,57 +1,46 @@
 """transcribe.json in the output folder: what its transcripts were made with; failed.jsonl."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.cli import UserError
 from common.files import PARTIAL, write_json, write_text
 from common.provenance import describe_run
-from common.systems import System
 from transcription.output import is_finished
 from transcription.recordings import Recording, changed
+from transcription.runtimes import Runtime
 
 FILE_NAME, FAILED_NAME = "transcribe.json", "failed.jsonl"
-PROBE = 16  # values of each tensor that identify weights
 FREE = (  # may differ in a resumed run
     "audio", "output_dir", "formats", "batch_seconds", "manifest", "min_confidence", "min_language",
+    "align", "min_match", "reference", "runtime",
 )  # fmt: skip
 
 
-def describe(config: Any, system: System) -> dict[str, Any]:
+def describe(config: Any, runtime: Runtime) -> dict[str, Any]:
     """What stands at the beginning of every json transcript."""
     return {
         "model": config.model,
         "adapter": config.adapter or None,
-        "weights": weights_hash(system.model),
-        "window": system.window_mode,
-        "precision": config.precision,
+        "runtime": runtime.kind,
+        "weights": runtime.weights,
+        "window": runtime.window_mode,
+        "precision": runtime.precision,
         "task": config.task,
     }
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """Sixteen hex digits of the first values of every tensor."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        probe = weight.detach().flatten()[:PROBE].float().cpu()
-        digest.update(name.encode() + probe.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def open_folder(folder: Path, config: Any, system: System) -> None:
+def open_folder(folder: Path, config: Any, runtime: Runtime) -> None:
     """Make the output folder and its record.
 
     Raises:
         UserError: it holds transcripts that were made with another model or other options.
     """
     decisive = {name: own for name, own in asdict(config).items() if name not in FREE}
-    decisive |= {"weights": weights_hash(system.model), "window": system.window_mode}
+    decisive |= {"weights": runtime.weights, "window": runtime.window_mode}
     file = folder / FILE_NAME
     if file.exists():
         try:

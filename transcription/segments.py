@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from common import batching, decoding, labels, windows
+from common.audio import SAMPLES_PER_POSITION
 from common.batching import DecodeBatch
-from common.predictions import collator_for, token_cap
-from common.systems import System
-from transcription.alignment import Text, align, choose_heads, configured_heads
+from common.predictions import token_cap
+from transcription.alignment import Text
+from transcription.runtimes import Runtime
 from transcription.stretches import Stretch
 from transcription.words import split_words
 
@@ -26,7 +27,6 @@ TOKENS_PER_SECOND = 45.0
 # 0.6 and for an improbable text as well: loops are probable, so it drops none of them. Silence,
 # noise, hum and clicks had 0.74 and more with whisper-base, and Hindi speech up to 0.63.
 NO_SPEECH_AT = 0.7
-NO_SPEECH_TOKENS = ("<|nospeech|>", "<|nocaptions|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Options:
 
 
 def decode_stretches(
-    system: System, stretches: Sequence[Stretch], languages: Sequence[str], options: Options
+    runtime: Runtime, stretches: Sequence[Stretch], languages: Sequence[str], options: Options
 ) -> list[Segment]:
     """Decode stretches in batches of similar length.
 
@@ -80,15 +80,15 @@ def decode_stretches(
         (B) segments, those that are dropped among them.
     """
     segments: dict[int, Segment] = {}
-    plan = _plan(system, stretches, options, system.window_mode)
+    plan = _plan(runtime, stretches, options, runtime.window_mode)
     for batch in plan:
-        segments |= _decode_batch(system, stretches, languages, batch, options)
+        segments |= _decode_batch(runtime, stretches, languages, batch, options)
     failed = [index for index, segment in segments.items() if segment.dropped == FAILED]
     if failed:
         again = [stretches[index] for index in failed]
-        for batch in _plan(system, again, options, "full"):
+        for batch in _plan(runtime, again, options, "full"):
             own = [languages[index] for index in failed]
-            for row, segment in _decode_batch(system, again, own, batch, options).items():
+            for row, segment in _decode_batch(runtime, again, own, batch, options).items():
                 segments[failed[row]] = replace(segment, decoded_again=True)
     return [segments[index] for index in range(len(stretches))]
 
@@ -97,18 +97,18 @@ FAILED = "repetition"
 
 
 def _plan(
-    system: System, stretches: Sequence[Stretch], options: Options, window_mode: str
+    runtime: Runtime, stretches: Sequence[Stretch], options: Options, window_mode: str
 ) -> list[DecodeBatch]:
     return batching.decode_plan(
         np.array([stretch.seconds for stretch in stretches]),
         batch_seconds=options.batch_seconds,
         window_mode=window_mode,
-        margin=system.margin,
+        margin=runtime.margin,
     )
 
 
 def _decode_batch(
-    system: System,
+    runtime: Runtime,
     stretches: Sequence[Stretch],
     languages: Sequence[str],
     batch: DecodeBatch,
@@ -119,7 +119,7 @@ def _decode_batch(
     def part(rows: slice) -> list[Segment]:
         own = DecodeBatch(batch.clips[rows], batch.windows[rows])
         return _decode_at_once(
-            system,
+            runtime,
             [stretches[index] for index in own.clips],
             [languages[index] for index in own.clips],
             own,
@@ -130,39 +130,31 @@ def _decode_batch(
 
 
 def _decode_at_once(
-    system: System,
+    runtime: Runtime,
     stretches: Sequence[Stretch],
     languages: Sequence[str],
     batch: DecodeBatch,
     options: Options,
 ) -> list[Segment]:
     """Segments (B) of the stretches of a batch, which have languages (B)."""
-    model, tokenizer = system.model, system.tokenizer
-    encoded = _encode(system, stretches, batch)
-    start = decoding.start_probabilities(model, encoded).cpu()  # (B, V)
-    silent = no_speech_probabilities(start, tokenizer)
+    tokenizer = runtime.tokenizer
+    encoded = _encode(runtime, stretches, batch)
     codes, likely = languages, [None] * len(stretches)
-    if model.generation_config.is_multilingual:
+    if runtime.languages:
         choices = [
-            choose_language(row, model.generation_config.lang_to_id, code)
-            for row, code in zip(start, codes, strict=True)
+            choose_language(shares, runtime.languages, code)
+            for shares, code in zip(runtime.language_shares(encoded), codes, strict=True)
         ]
         codes, likely = zip(*choices, strict=True)
-    texts = decoding.decode_encoded(
-        model,
-        encoded,
-        languages=codes if model.generation_config.is_multilingual else None,
-        task=options.task,
-        caps=[token_cap(stretch.seconds, TOKENS_PER_SECOND) for stretch in stretches],
-    )
-    words = _word_times(system, stretches, encoded, codes, texts, options)
+    caps = [token_cap(stretch.seconds, TOKENS_PER_SECOND) for stretch in stretches]
+    texts = runtime.decode(encoded, languages=codes, task=options.task, caps=caps)
+    words = _word_times(runtime, stretches, encoded, codes, texts, batch, options)
     segments = []
     for row, (stretch, text) in enumerate(zip(stretches, texts, strict=True)):
-        cap = token_cap(stretch.seconds, TOKENS_PER_SECOND)
         dropped = ""
-        if decoding.loops(text.tokens) or len(text.tokens) >= cap:
+        if decoding.loops(text.tokens) or len(text.tokens) >= caps[row]:
             dropped = FAILED
-        if silent[row] is not None and silent[row] > options.no_speech_at:
+        if text.no_speech is not None and text.no_speech > options.no_speech_at:
             dropped = "no_speech"
         segment = Segment(
             start=_rounded(stretch.speech_start, 2),
@@ -171,7 +163,7 @@ def _decode_at_once(
             language=codes[row],
             language_probability=_rounded(likely[row], 3),
             logprob=_rounded(text.logprob, 3),
-            no_speech_probability=_rounded(silent[row], 3),
+            no_speech_probability=_rounded(text.no_speech, 3),
             decoded_again=False,
             dropped=dropped,
             words=words[row],
@@ -185,65 +177,44 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-@torch.inference_mode()
-def _encode(
-    system: System, stretches: Sequence[Stretch], batch: DecodeBatch
-) -> list[tuple[list[int], torch.Tensor]]:
-    """The stretches of a batch, as `decoding.encode_windows` encodes them."""
-    rows = [{"audio": stretch.samples} for stretch in stretches]
-    waves = collator_for(system.model).waves(rows, batch.window)["waves"]
-    return decoding.encode_windows(system.model, waves, batch.windows)
+def _encode(runtime: Runtime, stretches: Sequence[Stretch], batch: DecodeBatch) -> Any:
+    """The stretches of a batch, each at its window."""
+    waves = torch.zeros(len(stretches), batch.window * SAMPLES_PER_POSITION, dtype=torch.int16)
+    for row, stretch in enumerate(stretches):
+        samples = torch.from_numpy(stretch.samples)[: waves.shape[1]]
+        waves[row, : len(samples)] = samples  # the window holds the stretch but for rounding
+    return runtime.encode(waves, batch.windows)
 
 
-# ------ languages and speech
+# ------ languages
 
 
-def no_speech_probabilities(start: torch.Tensor, tokenizer: Any) -> list[float | None]:
-    """The probability of each clip that nobody speaks; `None` if the tokenizer lacks the token.
-
-    Args:
-        start: (B, V) probabilities of what follows the start token.
-    """
-    known = tokenizer.get_added_vocab()
-    token = next((known[name] for name in NO_SPEECH_TOKENS if name in known), None)
-    if token is None or token >= start.shape[1]:
-        return [None] * len(start)
-    return start[:, token].tolist()
-
-
-def choose_language(start: torch.Tensor, tokens: dict[str, int], code: str) -> tuple[str, float]:
+def choose_language(shares: torch.Tensor, languages: Sequence[str], code: str) -> tuple[str, float]:
     """A language, the most probable one if `code` is empty, and its probability among all.
 
     Args:
-        start: (V) probabilities of what follows the start token.
-        tokens: ids by token, such as `<|hi|>`.
+        shares: (L) probabilities of the languages.
+        languages: (L) codes.
     """
-    codes = [name[2:-2] for name in tokens]
-    shares = start[list(tokens.values())]
-    shares = shares / shares.sum()
-    index = codes.index(code) if code else int(shares.argmax())
-    return codes[index], float(shares[index])
+    index = languages.index(code) if code else int(shares.argmax())
+    return languages[index], float(shares[index])
 
 
 def detect_language(
-    system: System, stretches: Sequence[Stretch], options: Options
+    runtime: Runtime, stretches: Sequence[Stretch], options: Options
 ) -> tuple[str, float]:
     """The language of several stretches together, and its probability.
 
     Probabilities are averaged over seconds of speech.
     """
-    tokens = system.model.generation_config.lang_to_id
-    total = torch.zeros(len(tokens))
-    ids = list(tokens.values())
-    for batch in _plan(system, stretches, options, system.window_mode):
+    total = torch.zeros(len(runtime.languages))
+    for batch in _plan(runtime, stretches, options, runtime.window_mode):
         own = [stretches[index] for index in batch.clips]
-        encoded = _encode(system, own, batch)
-        shares = decoding.start_probabilities(system.model, encoded).cpu()[:, ids]
+        shares = runtime.language_shares(_encode(runtime, own, batch))
         seconds = torch.tensor([stretch.seconds for stretch in own])
-        total += (seconds[:, None] * shares / shares.sum(dim=1, keepdim=True)).sum(dim=0)
-    total /= total.sum()
-    index = int(total.argmax())
-    return list(tokens)[index][2:-2], round(float(total[index]), 3)
+        total += (seconds[:, None] * shares).sum(dim=0)
+    code, probability = choose_language(total / total.sum(), runtime.languages, "")
+    return code, round(probability, 3)
 
 
 # ------ words
@@ -254,7 +225,7 @@ HEAD_TOKENS = 8  # of a clip at least; fewer show no movement
 
 
 def find_heads(
-    system: System, stretches: Iterable[Stretch], language: str, options: Options
+    runtime: Runtime, stretches: Iterable[Stretch], language: str, options: Options
 ) -> list[tuple[int, int]]:
     """The heads of alignment: those of the checkpoint, or chosen on the first stretches that fit.
 
@@ -265,56 +236,57 @@ def find_heads(
     Returns:
         No heads where no stretch has a text that can be used.
     """
-    heads = configured_heads(system.model)
+    heads = runtime.configured_heads()
     if heads:
         return heads
-    clips: list[tuple[torch.Tensor, Text]] = []
+    clips: list[tuple[Any, Text]] = []
     for stretch in itertools.islice(stretches, HEAD_TRIES):
-        [segment] = decode_stretches(system, [stretch], [language], replace(options, heads=()))
-        tokens = labels.text_ids(system.tokenizer, segment.text, segment.language, options.task)
+        [segment] = decode_stretches(runtime, [stretch], [language], replace(options, heads=()))
+        code = segment.language
+        tokens = labels.text_ids(runtime.tokenizer, segment.text, code, options.task)
         if segment.dropped or len(tokens) < HEAD_TOKENS:
             continue
-        [batch] = _plan(system, [stretch], options, system.window_mode)
-        [(_, states)] = _encode(system, [stretch], batch)
-        prompt = labels.prompt(system.tokenizer, segment.language, options.task)
-        positions = min(windows.positions(stretch.seconds), states.shape[1])
-        clips.append((states, Text(prompt, tokens, positions)))
+        [batch] = _plan(runtime, [stretch], options, runtime.window_mode)
+        encoded = _encode(runtime, [stretch], batch)
+        text = _text(runtime, stretch, code, tokens, batch.window, options.task)
+        clips.append((encoded, text))
         if len(clips) == HEAD_CLIPS:
             break
-    return choose_heads(system.model, clips) if clips else []
+    return runtime.choose_heads(clips) if clips else []
+
+
+def _text(
+    runtime: Runtime, stretch: Stretch, code: str, tokens: Sequence[int], window: int, task: str
+) -> Text:
+    """What was said in a stretch that was decoded at a window of so many positions."""
+    prompt = labels.prompt(runtime.tokenizer, code, task)
+    return Text(prompt, tokens, min(windows.positions(stretch.seconds), window))
 
 
 def _word_times(
-    system: System,
+    runtime: Runtime,
     stretches: Sequence[Stretch],
-    encoded: list[tuple[list[int], torch.Tensor]],
+    encoded: Any,
     codes: Sequence[str],
     texts: Sequence[decoding.Decoded],
+    batch: DecodeBatch,
     options: Options,
 ) -> list[tuple[Word, ...]]:
     """The words of each text, timed; none where there are no heads of alignment."""
     words: list[tuple[Word, ...]] = [()] * len(stretches)
-    for group, states in encoded if options.heads else ():
-        rows = [row for row in group if texts[row].tokens]
-        if not rows:
-            continue
-        texts_known = [
-            Text(
-                labels.prompt(system.tokenizer, codes[row], options.task),
-                texts[row].tokens,
-                min(windows.positions(stretches[row].seconds), states.shape[1]),
-            )
-            for row in rows
-        ]
-        own = states[[group.index(row) for row in rows]]
-        aligned = align(system.model, own, texts_known, options.heads)
-        for row, times in zip(rows, aligned, strict=True):
-            stretch = stretches[row]
-            written = "en" if options.task == "translate" else codes[row]
-            words[row] = tuple(
-                _word(stretch, times.starts, times.probabilities, word)
-                for word in split_words(system.tokenizer, texts[row].tokens, written)
-            )
+    if not options.heads:
+        return words
+    known = {
+        row: _text(runtime, stretches[row], codes[row], text.tokens, window, options.task)
+        for row, (text, window) in enumerate(zip(texts, batch.windows, strict=True))
+        if text.tokens
+    }
+    for row, times in runtime.align(encoded, known, options.heads).items():
+        written = "en" if options.task == "translate" else codes[row]
+        words[row] = tuple(
+            _word(stretches[row], times.starts, times.probabilities, word)
+            for word in split_words(runtime.tokenizer, texts[row].tokens, written)
+        )
     return words
 
 

@@ -26,6 +26,18 @@ ONSET_SAMPLES = 80  # 5 ms, to which the start of speech is refined
 ONSET_DECIBELS = 25.0  # that speech begins with below its loudest parts
 
 
+def with_pauses(start: float, end: float, *, before: float, after: float) -> tuple[float, float]:
+    """Seconds from `start` to `end`, with as much of the pauses around them as was decoded.
+
+    Args:
+        before: where the speech before ends.
+        after: where the speech after begins.
+    """
+    first = max(start - PAD_SECONDS, (before + start) / 2)
+    last = min(end + PAD_SECONDS, (end + after) / 2)
+    return round(first, 2), round(last, 2)
+
+
 def to_frames(seconds: float) -> int:
     return round(seconds / FRAME_SECONDS)
 

@@ -127,11 +127,24 @@ def test_a_batch_that_does_not_fit_is_decoded_in_halves_with_the_same_tokens(
 
 def test_keys_and_values_are_held_in_the_precision_that_autocast_computes_in(base):
     states = torch.randn(2, 50, base.config.d_model)
-    layer = base.model.decoder.layers[0]
     for precision in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            cache = decoding._new_cache(layer, [states], 8)
+            [cross, _] = decoding.cross_states(base, [([0, 1], states)])
+            cache = decoding._new_cache(cross, 8)
         assert {cache.keys.dtype, cache.values.dtype, cache.cross[0][0].dtype} == {precision}
+
+
+def test_keys_and_values_that_are_known_change_neither_texts_nor_start(ending):
+    inputs, windows = waves(), [300, 96, 300]
+    options = {"languages": ["mr"] * 3, "task": "transcribe", "caps": [40] * 3}
+    with torch.inference_mode():
+        encoded = decoding.encode_windows(ending, inputs, windows)
+        cross = decoding.cross_states(ending, encoded)
+    start = decoding.start_probabilities(ending, encoded)
+    assert decoding.start_probabilities(ending, encoded, cross).equal(start)
+    expected = decoding.decode_encoded(ending, encoded, **options)
+    assert decoding.decode_encoded(ending, encoded, **options, cross=cross) == expected
+    assert cross == [], "they are freed while clips end"
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import launch
 import pytest
@@ -12,7 +13,7 @@ from transformers import WhisperConfig
 
 import train_lora
 from common import memory, whisper
-from training import lora
+from training import lora, tuning
 from training.fit import fit_memory
 
 LARGE = WhisperConfig(
@@ -163,7 +164,7 @@ def test_loading_a_model_does_not_lessen_what_a_process_may_hold(monkeypatch):
 def test_the_micro_batch_fits_what_the_process_may_hold(checkpoint):
     base = whisper.load_base(str(checkpoint), dtype=torch.float32)
     config = train_lora.Config(lora_targets="q_proj,fc2", lora_rank=4, precision="fp32")
-    model = train_lora.trainable_model(config, base)
+    model = tuning.trainable_model(base, config.tuning())
     accelerator = Accelerator(cpu=True)
     step = config.memory_step(accelerator.device.type)
     assert step == memory.Step("cpu", bytes_per_value=4, lora_targets=("q_proj", "fc2"))
@@ -173,6 +174,20 @@ def test_the_micro_batch_fits_what_the_process_may_hold(checkpoint):
         assert plan.checkpointing == (spare < 0)
     given = fit_memory(accelerator, model, step, max_batch_seconds=30.0, memory_gib=0.1)
     assert given.predicted_gib == whole
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not Path("/proc/self/clear_refs").exists(),
+    reason="memory of a process, where it can reset its peak",
+)
+def test_a_peak_can_be_measured_anew():
+    memory.reset_peak()
+    held = bytearray(b"x") * 300_000_000
+    before = memory.peak_memory_gib()
+    del held
+    assert memory.peak_memory_gib() == before
+    memory.reset_peak()
+    assert memory.peak_memory_gib() < before - 0.25
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

@@ -20,7 +20,7 @@ from few_sounds import FEW
 
 import eval_wer
 import preprocess
-from common import cli, labels, whisper
+from common import cli, decoding, labels, whisper
 from common.audio import decode_flac
 from common.predictions import Prediction
 from common.prepared import load_prepared
@@ -226,6 +226,26 @@ def test_languages_are_those_that_the_library_detects(timed, hindi, run):
         detected.append(names[token][2:-2])
     expected = abilities.count_languages(["hi"] * 2, detected)
     assert run.result["also"]["data"]["base"]["abilities"]["languages"] == expected
+
+
+def test_a_clip_is_encoded_once_for_its_language_and_its_timestamps(options, monkeypatch, tmp_path):
+    stock_encode, stock_observe, encoded = decoding.encode, abilities.observe, []
+
+    def observe(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "encode", encode)
+            return stock_observe(*given)
+
+    def encode(model, waves):
+        encoded.append(len(waves))
+        return stock_encode(model, waves)
+
+    monkeypatch.setattr(abilities, "observe", observe)
+    alone = options | {"compare_base": False, "also": "", "output_dir": str(tmp_path)}
+    eval_wer.main(eval_wer.Config(**alone))
+    own = json.loads((tmp_path / "wer.json").read_text(encoding="utf-8"))["adapter"]["abilities"]
+    assert own["languages"] and own["timestamps"]
+    assert sum(encoded) == own["clips"]
 
 
 def test_abilities_are_printed_and_on_the_page(run):

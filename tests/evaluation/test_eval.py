@@ -280,6 +280,14 @@ def test_clips_decoded_again_are_bit_equal_for_any_batch_size(
     assert scores(evaluate(options | natural | {"batch_seconds": 1.0})) == large
 
 
+def test_only_the_process_that_writes_counts_errors(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    monkeypatch.setattr(predictions, "count_errors", lambda *given, **named: pytest.fail("counts"))
+    more = {"output_dir": str(tmp_path), "both_windows": True, "compare_base": False}
+    eval_wer.main(eval_wer.Config(**options | more))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu", "deepspeed_zero3", "fsdp2"])
 def test_the_score_is_bit_equal_for_two_processes_under_any_engine(evaluated, options, config):

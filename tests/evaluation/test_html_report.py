@@ -199,6 +199,18 @@ def test_any_number_of_systems_is_shown(tmp_path, names):
     assert ("a dot a clip" in page) == (len(names) > 1)
 
 
+def test_the_page_says_whether_log_probability_tells_which_clips_to_listen_to(tmp_path):
+    results = with_statistics()
+    results["base"]["logprob_error_correlation"] = -0.411527
+    results["adapter"]["logprob_error_correlation"] = 0.509476
+    clips = [row | {"adapter_logprob": -0.5, "base_logprob": -0.2} for row in rows()]
+    page, _ = write(tmp_path / "known", results, clips)
+    assert "with the WER of a clip: base −0.41, adapter +0.51." in page
+    results["base"]["logprob_error_correlation"] = None
+    page, _ = write(tmp_path / "alike", results, clips)
+    assert "with the WER of a clip: adapter +0.51." in page
+
+
 def test_the_curves_of_the_run_beside_the_adapter_are_drawn(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
     page, _ = write(tmp_path / "run", run=map(json.dumps, lines))
@@ -261,9 +273,10 @@ def test_the_report_shows_what_was_made_up_by_kind_window_and_system(tmp_path):
     section = section[: section.index("</section>")]
     text = " ".join(re.sub(r"<[^>]*>", " ", section).split())
     for shown in (
-        "base, natural base, full adapter, natural adapter, full", "silence 1 of 1 108/min 1 of 1",
-        "pauses 2 left out: the scored clips hold none", "all without speech 1 of 3 108/min",
-        "padded 1 of 1 108/min (60)",
+        "base, natural base, full adapter, natural adapter, full",
+        "silence 1 of 1 , 108/min 1 of 1",
+        "pauses 2 left out: the scored clips hold none", "all without speech 1 of 3 , 108/min",
+        "padded 1 of 1 , 108/min (60)", "compression ratio none",
     ):  # fmt: skip
         assert shown in text, shown
     assert re.findall(r'href="#nonspeech-(\d)"', section) == ["0", "2", "3"], "clicks got no word"
@@ -383,7 +396,11 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     more = [(f"clip {n:03d}", "घर " * (n % 7 + 1), "घर", "घर नदी") for n in range(150)]
     results, panel = with_panel()
-    write(folder, results, rows(TEXTS + more), audio_mb=0.2, panel=panel)
+    known = {"speaker": "0f" * 64, "base_logprob": -0.5, "adapter_logprob": -0.25}
+    clips = [row | known for row in rows(TEXTS + more)]
+    for name in ("base", "adapter"):
+        results[name]["breakdown"]["speaker"][0]["group"] = known["speaker"]
+    write(folder, results, clips, audio_mb=0.2, panel=panel)
     with browser.chromium(tmp_path_factory.mktemp("profile")) as opened:
         opened.address = (folder / "wer" / "report.html").as_uri()
         yield opened
@@ -564,6 +581,19 @@ def test_without_javascript_every_clip_is_on_the_page(page):
 def test_the_page_is_never_wider_than_the_screen(fresh, width):
     fresh.resize(width, 800)
     assert fresh.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_long_speaker_id_takes_one_line_and_no_heading_is_cut_inside_a_word(fresh):
+    fresh.resize(1280, 900)
+    lines = """[...document.querySelectorAll(".clips .speaker")].map(
+        own => own.getBoundingClientRect().height / parseFloat(getComputedStyle(own).lineHeight))"""
+    assert max(fresh.evaluate(lines)) < 1.5
+    cut = """[...document.querySelectorAll(".clips thead th")].filter(
+        own => own.scrollWidth > own.clientWidth).map(own => own.textContent.trim())"""
+    assert fresh.evaluate(cut) == []
+    fresh.evaluate("document.querySelectorAll('details').forEach(own => { own.open = true; })")
+    wide = "[...document.querySelectorAll('details .scroll')].map(own => own.scrollWidth)"
+    assert max(fresh.evaluate(wide)) < 1280
 
 
 def test_urdu_runs_from_the_right_and_hindi_from_the_left(fresh):

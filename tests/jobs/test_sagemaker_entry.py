@@ -548,20 +548,6 @@ def test_the_policies_allow_what_a_key_and_a_shell_need():
 
 @pytest.mark.slow
 @pytest.mark.root
-def test_a_crash_has_an_exit_code_and_a_failure_text(checkpoint, tmp_path):
-    (tmp_path / "empty").mkdir()
-    channels = {"train": tmp_path / "empty", "model": checkpoint}
-    ml = sagemaker.make_ml(tmp_path / "ml", SMALL | {"lora_rank": "x" * 3000}, channels)
-    code, _, err = sagemaker.end(sagemaker.start_node(ml))
-    assert code == 2, err[-3000:]
-    failure = (ml / "output" / "failure").read_bytes()
-    assert failure.startswith(b"exit code 2: error: ")
-    assert len(failure) < 1024
-    assert not any((ml / "model").iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.root
 def test_a_job_that_pays_for_a_gpu_does_not_train_on_the_cpu(checkpoint, prepared, tmp_path):
     channels = {"train": prepared, "model": checkpoint}
     ml = sagemaker.make_ml(tmp_path / "ml", SMALL, channels, instance_type="ml.g5.2xlarge")
@@ -575,38 +561,24 @@ def test_a_job_that_pays_for_a_gpu_does_not_train_on_the_cpu(checkpoint, prepare
 
 @pytest.mark.slow
 @pytest.mark.root
-def test_one_process_told_to_stop_saves_ends_well_and_goes_on_to_a_finished_adapter(
+def test_a_job_that_is_stopped_and_then_reclaimed_saves_and_goes_on_to_a_finished_adapter(
     checkpoint, prepared, tmp_path
 ):
     channels = {"train": prepared, "model": checkpoint}
     ml = sagemaker.make_ml(tmp_path / "ml", SMALL | {"max_steps": 80}, channels)
+    metrics = ml / "checkpoints" / "metrics.jsonl"
     node = sagemaker.start_node(ml)
-    launch.wait_for(lambda: (ml / "checkpoints" / "metrics.jsonl").exists(), node)
+    launch.wait_for(metrics.exists, node)
     sagemaker.process_1(node).send_signal(signal.SIGTERM)
     code, out, err = sagemaker.end(node, 120)
     assert code == 0, err[-3000:]
     assert "stopped by SIGTERM after step" in out
     assert not any((ml / "model").iterdir()), "nothing is called finished"
-    code, out, err = sagemaker.end(sagemaker.start_node(ml))
-    assert code == 0, err[-3000:]
-    assert "entry: algo-1 is node 1 of 1" in out
-    assert "resumed at step" in out
-    assert "step=80 " in out
-    kept = {path.name for path in (ml / "model").iterdir()}
-    assert {"adapter", "train.json", "metrics.jsonl"} <= kept
-    assert (ml / "model" / "adapter" / "adapter_model.safetensors").stat().st_size > 0
-    assert (ml / "checkpoints" / "metrics.jsonl").exists()
-    assert not (ml / "output" / "failure").exists()
 
-
-@pytest.mark.slow
-@pytest.mark.root
-def test_a_reclaimed_spot_job_saves_waits_to_be_killed_and_goes_on(checkpoint, prepared, tmp_path):
-    """SageMaker takes exit code 0 for the end of the job, and starts no other instance."""
-    channels = {"train": prepared, "model": checkpoint}
-    ml = sagemaker.make_ml(tmp_path / "ml", SMALL | {"max_steps": 80}, channels)
+    # A spot instance: SageMaker takes exit code 0 for the end of the job, and starts no other.
+    before = metrics.stat().st_size
     node = sagemaker.start_node(ml, LAUNCH_SPOT="true")
-    launch.wait_for(lambda: (ml / "checkpoints" / "metrics.jsonl").exists(), node)
+    launch.wait_for(lambda: metrics.stat().st_size > before, node)
     first = sagemaker.process_1(node)
     first.send_signal(signal.SIGTERM)
     launch.wait_for(lambda: len(first.children()) == 0, node, 60)
@@ -618,17 +590,24 @@ def test_a_reclaimed_spot_job_saves_waits_to_be_killed_and_goes_on(checkpoint, p
     assert code != 0
     assert "stopped by SIGTERM after step" in out, err[-3000:]
     assert not any((ml / "model").iterdir())
+
     code, out, err = sagemaker.end(sagemaker.start_node(ml, LAUNCH_SPOT="true"))
     assert code == 0, err[-3000:]
+    assert "entry: algo-1 is node 1 of 1" in out
     assert "resumed at step" in out
-    assert (ml / "model" / "adapter").is_dir()
+    assert "step=80 " in out
+    kept = {path.name for path in (ml / "model").iterdir()}
+    assert {"adapter", "train.json", "metrics.jsonl"} <= kept
+    assert (ml / "model" / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    assert metrics.exists()
+    assert not (ml / "output" / "failure").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.root
 def test_a_spot_job_whose_own_time_is_up_ends_at_once(checkpoint, prepared, tmp_path):
     channels = {"train": prepared, "model": checkpoint}
-    options = SMALL | {"max_steps": 5000, "max_minutes": 0.2}
+    options = SMALL | {"max_steps": 5000, "max_minutes": 0.1}
     ml = sagemaker.make_ml(tmp_path / "ml", options, channels)
     code, out, err = sagemaker.end(sagemaker.start_node(ml, LAUNCH_SPOT="true"), 100)
     assert code == 0, err[-3000:]
@@ -680,15 +659,20 @@ def test_a_preparation_leaves_the_whole_dataset_in_s3(checkpoint, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.root
-def test_the_token_reaches_the_script_and_nothing_else(checkpoint, tmp_path):
+def test_a_crash_has_an_exit_code_and_a_failure_text_and_the_token_is_nowhere(checkpoint, tmp_path):
     with strict_aws() as aws:
         client = aws.session.client("secretsmanager")
         client.create_secret(Name="hf", SecretString="hf_very_secret")
-        ml = sagemaker.make_ml(tmp_path / "ml", {"nonsense": "1"}, {"train": checkpoint})
+        options = {"nonsense" + "x" * 3000: "1"}
+        ml = sagemaker.make_ml(tmp_path / "ml", options, {"train": checkpoint})
         node = sagemaker.start_node(ml, HF_TOKEN_FROM="secretsmanager:hf", AWS_REGION=REGION)
         code, out, err = sagemaker.end(node)
     assert code == 2
     assert "unknown option --nonsense" in err
+    failure = (ml / "output" / "failure").read_bytes()
+    assert failure.startswith(b"exit code 2: error: ")
+    assert len(failure) < 1024
+    assert not any((ml / "model").iterdir())
     written = b"".join(path.read_bytes() for path in ml.rglob("*") if path.is_file())
     assert "hf_very_secret" not in out + err
     assert b"hf_very_secret" not in written

@@ -74,18 +74,21 @@ def test_a_training_job_is_started_as_the_dry_run_showed_it(aws, capsys):
 def test_a_dry_run_needs_neither_network_nor_credentials():
     words = [sys.executable, "sagemaker_launch.py", "train"]
     words += [word for key, one in TRAIN.items() for word in (f"--{key}", one)]
-    offline = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "AWS_EC2_METADATA_DISABLED": "true"}
-    offline["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"  # nothing listens there
-    done = subprocess.run(
-        [*words, "--dry_run", "true", "--train.lora_rank", "8"],
-        cwd=launch.ROOT, env=offline, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["HyperParameters"] == {"lora_rank": "8"}
-    done = subprocess.run(words, cwd=launch.ROOT, env=offline, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --role"), done.stderr
-    assert "no AWS credentials found: set AWS_PROFILE" in done.stderr
+    offline = {
+        name: value for name, value in launch.environment().items() if not name.startswith("AWS_")
+    }
+    offline |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), "/nonexistent")
+    offline |= {"AWS_EC2_METADATA_DISABLED": "true"}
+    offline |= {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}  # nothing listens there
+    process = launch.start([*words, "--dry_run", "true", "--train.lora_rank", "8"], env=offline)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out)["HyperParameters"] == {"lora_rank": "8"}
+    process = launch.start(words, env=offline)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("error: --role"), err
+    assert "no AWS credentials found: set AWS_PROFILE" in err
 
 
 def test_a_roles_name_is_looked_up(aws):

@@ -40,6 +40,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # no
 import train_lora  # noqa: E402
 from common import adapter as adapter_files  # noqa: E402
 from common import audio, decoding, memory, whisper  # noqa: E402
+from training import tuning  # noqa: E402
 from training.loss import SpeechLoss  # noqa: E402
 from training.step import batch_loss  # noqa: E402
 
@@ -158,7 +159,7 @@ def make_trained(case: Case) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A model that has been trained for a step, with gradients, and its optimizer."""
     base = make_base(case)
     config = train_lora.Config(tune=case.tune, lora_targets=case.targets, lora_scope=case.scope)
-    model = SpeechLoss(train_lora.trainable_model(config, base))
+    model = SpeechLoss(tuning.trainable_model(base, config.tuning()))
     if case.precision != "fp32":
         autocast_as_accelerate_does(model, DTYPES[case.precision])
     model.train()

@@ -21,6 +21,7 @@
 | a clock that jumps | everything (test_stop.py) | nothing |
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -36,6 +37,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from short_run import records, small_options, train
 
+import train_lora
 from common import cli
 from training import checkpoint as checkpoints
 from training import engine, sharded
@@ -169,6 +171,11 @@ def test_other_options_resume_where_that_is_asked_for(options, capsys):
     assert "warning: resumes with other options: --max_steps 6 (was 4), --weight_decay 0.1" in out
     with pytest.raises(cli.UserError, match="holds other parameters than this run trains"):
         train(options | {"lora_rank": 8, "weight_decay": 0.1, "resume_changed": True})
+
+
+def test_what_a_resumed_run_may_change_are_options():
+    options = {field.name for field in dataclasses.fields(train_lora.Config)}
+    assert options > checkpoints.FREE_ON_RESUME, checkpoints.FREE_ON_RESUME - options
 
 
 # ------ data

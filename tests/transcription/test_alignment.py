@@ -12,6 +12,7 @@ from common import decoding, labels
 from common.batching import DecodeBatch
 from transcription import alignment, segments
 from transcription.alignment import Text
+from transcription.runtimes import TorchRuntime
 from transcription.words import split_words
 
 
@@ -90,9 +91,12 @@ def test_words_joined_are_the_text_and_their_tokens_follow_one_another(
     assert not made or made[-1].end == len(tokens)
 
 
-def test_stretches_are_encoded_without_a_graph_that_holds_what_each_layer_computed(base):
+def test_stretches_are_encoded_without_a_graph_that_holds_what_each_layer_computed(
+    base, checkpoint
+):
     stretch = SimpleNamespace(samples=np.zeros(16_000, np.int16))
     batch = DecodeBatch((0,), (128,))
-    [(rows, states)] = segments._encode(SimpleNamespace(model=base), [stretch], batch)
+    system = SimpleNamespace(model=base, tokenizer=labels.load_tokenizer(str(checkpoint)))
+    [(rows, states)] = segments._encode(TorchRuntime(system, "fp32"), [stretch], batch).groups
     assert rows == [0] and states.shape[:2] == (1, 128)
     assert not states.requires_grad

@@ -188,6 +188,90 @@ def test_the_text_does_not_depend_on_batches_and_languages_are_detected(talker, 
         assert row["language"] and row["language_probability"] > 0
 
 
+# ------ CTranslate2
+
+
+@pytest.fixture(scope="module")
+def exported(talker, tmp_path_factory):
+    """The talker for PyTorch and, in two types, for CTranslate2."""
+    converters = pytest.importorskip("ctranslate2.converters", reason="requirements-export.txt")
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(talker, folder / "hf")
+    for name in ("float32", "int8"):
+        converters.TransformersConverter(str(talker)).convert(str(folder / name), quantization=name)
+        vocabulary = json.loads((folder / name / "vocabulary.json").read_text())
+        vocabulary[0] = ""  # Whisper's multilingual vocabularies are known by this token
+        (folder / name / "vocabulary.json").write_text(json.dumps(vocabulary))
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(talker / file, folder / name)
+    return folder
+
+
+def rows_of(output, name):
+    content = json.loads((output / f"{name}.json").read_text())
+    return content, sorted(content["segments"] + content["dropped"], key=lambda row: row["start"])
+
+
+def test_an_export_to_ctranslate2_gives_the_same_transcripts(exported, folder, tmp_path):
+    options = {"language": "", "formats": "srt,json"}
+    contents_of = {}
+    for name in ("hf", "float32", "int8"):
+        output = run(exported / name, folder / "day", tmp_path / name, **options)
+        contents_of[name] = rows_of(output, "talk.flac")
+    wanted, rows = contents_of["hf"]
+    for name in ("float32", "int8"):
+        content, own_rows = contents_of[name]
+        assert (content["runtime"], content["window"]) == ("ct2", "natural")
+        assert content["precision"].startswith(name) and content["weights"] != wanted["weights"]
+        times = [(row["start"], row["end"]) for row in own_rows]
+        assert times == [(row["start"], row["end"]) for row in rows] and len(times) == 3
+    content, own_rows = contents_of["float32"]
+    assert content["language"] == wanted["language"]
+    for own, row in zip(own_rows, rows, strict=True):
+        assert (own["text"], own["language"]) == (row["text"], row["language"])
+        for name in ("language_probability", "logprob", "no_speech_probability"):
+            assert own[name] == pytest.approx(row[name], abs=2e-3), name
+    for own in contents_of["float32"][0]["segments"]:
+        edges = [edge for word in own["words"] for edge in (word["start"], word["end"])]
+        assert [own["start"], *edges, own["end"]] == sorted([own["start"], *edges, own["end"]])
+        assert "".join(word["text"] for word in own["words"]).strip() == own["text"]
+        assert all(0 < word["probability"] < 1 for word in own["words"])
+    assert (tmp_path / "float32" / "talk.flac.srt").read_text().count(" --> ") >= 3
+
+
+def test_a_run_with_ctranslate2_is_resumed_and_does_not_depend_on_batches(
+    exported, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "GROUP_FILES", 1)
+    whole = run(exported / "float32", folder / "day", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "read_pieces", partial(killed_at, "talk.wav", pipeline.read_pieces))
+        with pytest.raises(KeyboardInterrupt):
+            run(exported / "float32", folder / "day", tmp_path / "killed", word_times=False)
+    run(exported / "float32", folder / "day", tmp_path / "killed", word_times=False, runtime="ct2")
+    for name in ("talk.flac", "talk.wav"):
+        rows = [rows_of(output, name)[1] for output in (whole, tmp_path / "killed")]
+        for row in itertools.chain(*rows):
+            row.pop("words", None)
+        assert rows[0] == rows[1]
+    alone = run(exported / "float32", folder / "day", tmp_path / "alone", batch_seconds=1.0)
+    assert contents(alone) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("float32", {"runtime": "torch"}, "--runtime torch: --model .* is a CTranslate2 export"),
+        ("hf", {"runtime": "ct2"}, "--runtime ct2: --model .* has no model.bin: give a folder"),
+        ("float32", {"adapter": "run/adapter"}, "--adapter run/adapter: cannot be added"),
+        ("float32", {"precision": "bf16"}, "--precision bf16: .* computed as it is stored"),
+    ],
+)
+def test_what_does_not_go_with_a_runtime_is_refused(exported, model, options, message):
+    with pytest.raises(cli.UserError, match=message):
+        transcribe.main(transcribe.Config(audio="a.wav", model=str(exported / model), **options))
+
+
 def test_transcripts_become_training_data(transcripts, talker, folder, tmp_path, capsys):
     """A resumed run writes the manifest of all recordings, and preprocess.py reads it."""
     manifest = folder / "pseudo.jsonl"
@@ -210,6 +294,32 @@ def test_transcripts_become_training_data(transcripts, talker, folder, tmp_path,
     assert "0 segments; left out: 6 confidence" in capsys.readouterr().out
     with pytest.raises(cli.UserError, match="beside or below a manifest only: give a file in"):
         run(talker, folder, transcripts, manifest=str(tmp_path / "pseudo.jsonl"))
+
+
+def test_a_text_without_times_becomes_training_data_and_recordings_are_scored(
+    transcripts, talker, folder, tmp_path, capsys
+):
+    """Nothing is decoded again for it; what was recognized stands for the text."""
+    texts = tmp_path / "texts"
+    (texts / "day").mkdir(parents=True)
+    content = json.loads((transcripts / "day" / "talk.wav.json").read_text(encoding="utf-8"))
+    lines = [f"«{row['text']}»" for row in content["segments"]]
+    (texts / "day" / "talk.wav.txt").write_text("\n".join(lines), encoding="utf-8")
+    manifest = folder / "clips.jsonl"
+    options = {"manifest": str(manifest), "align": str(texts), "reference": str(texts)}
+    with pytest.raises(SystemExit):  # of the broken file
+        run(talker, folder, transcripts, **options)
+    out = capsys.readouterr().out
+    assert "3 transcribed before" in out and "recordings without a text: 3" in out
+    assert ", 0.0 keep_marks, " in out and "1 recordings, " in out
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    whole = " ".join(" ".join(lines).split())
+    assert rows and whole.startswith(rows[0]["text"]) and rows[0]["match"] == 1.0
+    starts = [row["start"] for row in content["segments"]]
+    assert rows[0]["start"] == pytest.approx(starts[0], abs=0.21)
+    assert {row["path"] for row in rows} == {"day/talk.wav"}
+    (transcripts / "wer.json").unlink()
+    manifest.unlink()
 
 
 def test_nothing_is_written_where_nobody_speaks(talker, tmp_path):
@@ -272,6 +382,8 @@ def test_speech_is_not_lost(speech):
         ({"language": "mr", "language_by_segment": True}, "--language mr: is not detected"),
         ({"min_pause": 0.0}, "--min_pause 0.0: give a positive number"),
         ({"audio": "nowhere"}, "--audio nowhere: does not exist"),
+        ({"align": "a.txt"}, "--align a.txt: clips are written to --manifest: give it a file"),
+        ({"reference": "a.txt", "formats": "srt"}, "--reference a.txt: .* add json to --formats"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options, message):

@@ -1,11 +1,8 @@
 """Word times of a real whisper-base against espeak-ng's own word events, where `make demo` ran."""
 
-import ctypes
-
 import launch
 import numpy as np
 import pytest
-import soxr
 import torch
 
 from common import decoding, labels, predictions, whisper, windows
@@ -18,60 +15,11 @@ from transcription.words import split_words
 
 DEMO = launch.ROOT / "demo_run"
 BASE, ADAPTER = DEMO / "whisper-base", DEMO / "run" / "adapter"
-WORD, END_OF_LIST = 1, 0  # types of espeak-ng's events
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not ADAPTER.is_dir(), reason="needs the weights of make demo"),
 ]
 pytest.importorskip("silero_vad", reason="requirements-export.txt")
-
-
-class Event(ctypes.Structure):
-    """espeak_EVENT."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int),
-        ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
-        ("id", ctypes.c_char * 8),
-    )
-
-
-def speak_words(sentence, variant):
-    """A sentence at 16 kHz with half a second of noise before it, and where its words begin."""
-    library, rate, _, keep = espeak.load()
-    starts = []
-
-    def hear(wave, num_samples, events):
-        keep(wave, num_samples, None)
-        for event in iter_events(events):
-            if event.type == WORD:
-                starts.append(event.sample / rate)
-        return 0
-
-    callback = ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event)
-    )(hear)
-    library.espeak_SetSynthCallback(ctypes.cast(callback, espeak.SynthCallback))
-    try:
-        samples, _ = espeak.speak(sentence, variant=variant, words_per_minute=150, pitch=50)
-    finally:
-        library.espeak_SetSynthCallback(keep)
-    speech = soxr.resample(samples / 32768, rate, 16_000)
-    noise = 0.0005 * np.random.default_rng(0).standard_normal(24_000)
-    whole = np.concatenate([noise[:8_000], speech, noise[8_000:]]).astype(np.float32)
-    return whole, [start + 0.5 for start in starts]
-
-
-def iter_events(events):
-    index = 0
-    while events and events[index].type != END_OF_LIST:
-        yield events[index]
-        index += 1
 
 
 def start_errors(model, tokenizer, spoken, margin, mode):
@@ -99,7 +47,7 @@ def test_words_start_where_espeak_began_them():
     sentences = (launch.ROOT / "demo" / "sentences_mr.txt").read_text(encoding="utf-8").splitlines()
     vad, spoken = load_vad(), []
     for index, sentence in enumerate(sentences[-20:]):
-        samples, starts = speak_words(sentence, ("m6", "f3", "m5", "f5")[index % 4])
+        samples, starts = espeak.speak_words(sentence, variant=("m6", "f3", "m5", "f5")[index % 4])
         stretches = list(find_stretches([samples], vad))
         if len(starts) == len(sentence.split()) and len(stretches) == 1:
             spoken.append((sentence, stretches[0], starts))
