@@ -7,6 +7,9 @@
     train    train_lora.py on one node or many; --train.KEY VALUE for each of its options
     eval     eval_wer.py; --eval.KEY VALUE for each of its options
     prepare  preprocess.py on one node; --prepare.KEY VALUE for each of its options
+    export   export.py on one node; --export.KEY VALUE for each of its options
+    transcribe
+             transcribe.py on one node; --transcribe.KEY VALUE for each of its options
     status   phase, losses and word error rates so far, time, cost
     logs     the log of all nodes; --follow true goes on until the job ends
     stop     have the job save and end
@@ -36,22 +39,28 @@ from jobs.fetch import fetch_job
 from jobs.report import name_of, state_of
 from jobs.request import (
     Eval,
+    Export,
     Job,
     Prepare,
     Train,
+    TrainingJob,
+    Transcribe,
     build_processing_request,
     build_request,
     channels,
     merged,
     parse_request,
-    prepared_s3,
     region_of,
+    results_s3,
     role_arn,
     sweep,
 )
 from jobs.submit import start_jobs
 
-SCRIPTS = {"train": "train_lora", "eval": "eval_wer", "prepare": "preprocess"}
+SCRIPTS = {
+    "train": "train_lora", "eval": "eval_wer", "export": "export", "prepare": "preprocess",
+    "transcribe": "transcribe",
+}  # fmt: skip
 
 
 @dataclass
@@ -83,7 +92,7 @@ class Prices:
     region: str = "us-east-1"  # AWS region whose prices are renewed
 
 
-# ------ train, eval, prepare
+# ------ train, eval, export, prepare, transcribe
 
 
 def script_options(args: list[str], command: str, values: dict[str, str], job: Job) -> Any:
@@ -102,8 +111,10 @@ def script_options(args: list[str], command: str, values: dict[str, str], job: J
         words = [word for key, value in values.items() for word in (f"--{key}", value)]
         options = cli.parse(script.Config, [*args, *words])
         checked = options
-        if isinstance(job, Eval) and "adapter" in channels(job):
-            checked = replace(options, adapter=".")  # any folder: the job has it as a channel
+        if isinstance(job, Eval | Transcribe) and "adapter" in channels(job):
+            checked = replace(checked, adapter=".")  # any folder: the job has it as a channel
+        if isinstance(job, Transcribe):
+            checked = replace(checked, audio=".")
         script.check(checked)
     return options
 
@@ -116,7 +127,7 @@ def submit(args: list[str], command: str, job_class: type[Job]) -> None:
     name = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
     names = [f"{name}-{number:02d}" for number in range(1, len(combinations) + 1)]
     names = [name] if len(names) == 1 else names
-    build = build_processing_request if isinstance(job, Prepare) else build_request
+    build = build_request if isinstance(job, TrainingJob) else build_processing_request
     requests, problems = [], []
     for values, job_name in zip(combinations, names, strict=True):
         options = script_options(nested, command, values, job)
@@ -131,8 +142,9 @@ def submit(args: list[str], command: str, job_class: type[Job]) -> None:
     start_jobs(job, requests, name)
     print(f"{len(requests)} jobs" if len(requests) > 1 else "1 job", f"started: {name}")
     print(f"python sagemaker_launch.py status --job {name} --region {region_of(job)}", flush=True)
-    if isinstance(job, Prepare):
-        print(f"the prepared data will be {prepared_s3(job, name)}", flush=True)
+    if isinstance(job, Prepare | Transcribe):
+        what = "prepared data" if isinstance(job, Prepare) else "transcripts"
+        print(f"the {what} will be {results_s3(job, name)}", flush=True)
     if job.wait and not follow.wait(names, region_of(job)):
         sys.exit(1)
 
@@ -147,6 +159,14 @@ def evaluate(args: list[str]) -> None:
 
 def prepare(args: list[str]) -> None:
     submit(args, "prepare", Prepare)
+
+
+def export(args: list[str]) -> None:
+    submit(args, "export", Export)
+
+
+def transcribe(args: list[str]) -> None:
+    submit(args, "transcribe", Transcribe)
 
 
 # ------ status, logs, stop, release
@@ -215,7 +235,7 @@ def fetch(args: list[str]) -> None:
     s3 = client("s3", sagemaker.meta.region_name)
     for job in jobs:
         name = name_of(job)
-        if "TrainingJobName" not in job:
+        if "TrainingJobName" not in job and "ProcessingOutputConfig" not in job:
             raise UserError(f"--job {name}: prepared data stays in S3: give it as --train_s3")
         folder = Path(config.output_dir, name)
         with explain_errors(f"--job {name}"), new_folder(folder) as partial:
@@ -235,8 +255,9 @@ def prices(args: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": train, "eval": evaluate, "prepare": prepare, "status": status, "logs": logs,
-    "stop": stop, "release": release, "fetch": fetch, "prices": prices,
+    "train": train, "eval": evaluate, "prepare": prepare, "export": export,
+    "transcribe": transcribe, "status": status, "logs": logs, "stop": stop, "release": release,
+    "fetch": fetch, "prices": prices,
 }  # fmt: skip
 
 if __name__ == "__main__":

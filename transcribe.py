@@ -128,9 +128,6 @@ def check(config: Config) -> None:
             ),
         ]
     )
-    check_installed()
-    if is_export:
-        ct2.check_installed()
 
 
 def load_runtime(
@@ -154,6 +151,9 @@ def load_runtime(
 
 def main(config: Config) -> None:
     check(config)
+    check_installed()
+    if ct2.is_ct2(config.model):
+        ct2.check_installed()
     whisper.quiet_libraries()
     if not ct2.is_ct2(config.model):
         config = replace(config, precision=precision.choose(config.precision))

@@ -7,7 +7,7 @@ performance evaluation", 2004).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -146,11 +146,38 @@ def rate_interval(
 
     Few speakers may happen to be alike: below FEW_SPEAKERS it reaches as far as that over clips.
     """
+    return _widest(lambda sums: percent(sums[:, 0], sums[:, 1]), count_table(clips), ids, speakers)
+
+
+def difference_interval(
+    first: Sequence[ErrorCounts],
+    second: Sequence[ErrorCounts],
+    ids: Sequence[str],
+    speakers: Sequence[str],
+) -> Interval:
+    """The 95 % interval of the rate of `second` less that of `first` on the same clips (N).
+
+    Both have the same draws; units are as in `rate_interval`.
+    """
+    table = np.concatenate([count_table(first), count_table(second)], axis=1)
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return percent(sums[:, 2], sums[:, 3]) - percent(sums[:, 0], sums[:, 1])
+
+    return _widest(difference, table, ids, speakers)
+
+
+def _widest(
+    value: Callable[[np.ndarray], np.ndarray],
+    table: np.ndarray,
+    ids: Sequence[str],
+    speakers: Sequence[str],
+) -> Interval:
+    """The interval of a value (R) of sums (R, C) of counts (N, C)."""
     units, bounds = [choose_units(ids, speakers)], []
     if units[0].kind == "speaker" and units[0].number < FEW_SPEAKERS:
         units.append(clip_units(ids))
     for own in units:
-        sums = resample(count_table(clips), own.members)
-        bounds.append(interval(percent(sums[:, 0], sums[:, 1]), own.number))
+        bounds.append(interval(value(resample(table, own.members)), own.number))
     known = [pair for pair in bounds if pair]
     return [min(low for low, _ in known), max(high for _, high in known)] if known else None

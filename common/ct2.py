@@ -133,6 +133,7 @@ def decode(
     languages: Sequence[str] | None,
     task: str,
     caps: Sequence[int],
+    num_beams: int = 1,
 ) -> list[Decoded]:
     """Transcribe a batch greedily; see `decoding.decode`.
 
@@ -140,6 +141,7 @@ def decode(
         (B) texts; the log-probability of one that its cap cut off is not known (`None`) where a
         clip that was decoded with it has a higher cap.
     """
+    assert num_beams == 1, "the engine ranks beams by a rule of its own"
     encoded = encode_windows(model, waves, windows)
     return decode_encoded(model, encoded, languages=languages, task=task, caps=caps)
 

@@ -5,7 +5,7 @@ errors are counted over the corpus, so that any number of processes gives one sc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ from common.accelerator import least
 from common.adapter import load_merged
 from common.batching import DecodeBatch
 from common.collator import SpeechCollator, load_batches
+from common.ct2 import CT2Whisper
+from common.decoding import Decoded
 from common.memory import CAP_MARGIN, device_memory_gib, plan_decoding
 from common.prepared import column
 from common.progress import track
@@ -38,6 +40,8 @@ from common.windows import (
 )
 
 CAP_EXTRA = 16  # tokens on top, for clips so short that a rate says little
+WAVES_ALONE = SpeechCollator(decoder_start_token_id=0, pad_token_id=0)  # reads no labels
+Decode = Callable[..., list[Decoded]]  # called as `decoding.decode`
 
 
 @dataclass(frozen=True)
@@ -135,19 +139,23 @@ class DecodeOptions:
 
 
 def transcribe(
-    model: WhisperForConditionalGeneration,
+    model: WhisperForConditionalGeneration | CT2Whisper,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     batches: Sequence[DecodeBatch],
     options: DecodeOptions,
+    decode: Decode = decoding.decode,
 ) -> list[Prediction]:
     """Decode `batches` of clips of `dataset` in this process.
 
     A clip whose text loops or hits its cap at a window shorter than 30 seconds is decoded once more
     at 30 seconds, and that text counts, unless `options` keep the first. Whether it is depends on
     the clip alone.
+
+    Args:
+        decode: of the engine that `model` is of, PyTorch or CTranslate2.
     """
-    attempts = _transcribe_once(model, tokenizer, dataset, batches, options)
+    attempts = _transcribe_once(model, tokenizer, dataset, batches, options, decode)
     failed = sorted(clip for clip, (_, is_failure) in attempts.items() if is_failure)
     if failed and options.decode_again:
         positions = max(sum(batch.windows) for batch in batches)  # as much memory as before
@@ -158,29 +166,30 @@ def transcribe(
             margin=UNTRAINED,
         )
         full = [replace(batch, clips=tuple(failed[row] for row in batch.clips)) for batch in plan]
-        second = _transcribe_once(model, tokenizer, dataset, full, options)
+        second = _transcribe_once(model, tokenizer, dataset, full, options, decode)
         for clip, (prediction, _) in second.items():
             attempts[clip] = replace(prediction, decoded_again=True), False
     return [prediction for prediction, _ in attempts.values()]
 
 
 def _transcribe_once(
-    model: WhisperForConditionalGeneration,
+    model: WhisperForConditionalGeneration | CT2Whisper,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     batches: Sequence[DecodeBatch],
     options: DecodeOptions,
+    decode: Decode,
 ) -> dict[int, tuple[Prediction, bool]]:
     """Predictions by row of `dataset`, each with whether it failed in a way 30 seconds may mend."""
     english_only = labels.is_english_only(tokenizer)
     ids, seconds, languages = (column(dataset, name) for name in ("id", "seconds", "language"))
-    loader = load_batches(dataset, batches, collator_for(model), num_workers=options.num_workers)
+    loader = load_batches(dataset, batches, WAVES_ALONE, num_workers=options.num_workers)
     attempts = {}
     collated = track(loader, total=len(batches), what="decoding, batches", quiet=options.quiet)
     for batch, inputs in zip(batches, collated, strict=True):
         clips = list(batch.clips)
         caps = [token_cap(float(seconds[clip]), options.tokens_per_second) for clip in clips]
-        texts = decoding.decode(
+        texts = decode(
             model,
             inputs["waves"],
             windows=batch.windows,

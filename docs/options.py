@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import eval_wer
+import export
 import preprocess
 import sagemaker_launch
 import train_lora
@@ -27,13 +28,16 @@ SCRIPTS = {
     "train_lora.py": train_lora.Config,
     "eval_wer.py": eval_wer.Config,
     "transcribe.py": transcribe.Config,
+    "export.py": export.Config,
 }
 COMMANDS = {  # of sagemaker_launch.py: heading -> where its options are defined
     "All jobs": request.Job,
-    "`train` and `eval`": request.TrainingJob,
+    "`train`, `eval` and `export`": request.TrainingJob,
     "`train`": request.Train,
-    "`eval`": request.Eval,
+    "`eval` and `export`": request.Eval,
+    "`export`": request.Export,
     "`prepare`": request.Prepare,
+    "`transcribe`": request.Transcribe,
     "`status`, `logs`, `stop`, `release`, `fetch`": sagemaker_launch.Watch,
     "`logs`": sagemaker_launch.Logs,
     "`fetch`": sagemaker_launch.Fetch,
@@ -83,8 +87,8 @@ def page() -> str:
     for heading, config in COMMANDS.items():
         sections += [f"### {heading}", table(config)]
     sections.append(
-        "`train`, `eval` and `prepare` also take every option of their script, as "
-        "`--train.KEY VALUE`,\n`--eval.KEY VALUE` and `--prepare.KEY VALUE`."
+        "`train`, `eval`, `export`, `prepare` and `transcribe` also take every option of their "
+        "script, as\n`--train.KEY VALUE`, `--eval.KEY VALUE` and so on."
     )
     return "\n\n".join(sections) + "\n"
 

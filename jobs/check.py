@@ -13,10 +13,12 @@ from jobs.fit import unfit
 from jobs.instances import has_local_disk, num_gpus
 from jobs.request import (
     Eval,
+    Export,
     Job,
     Prepare,
     Train,
     TrainingJob,
+    Transcribe,
     changed,
     max_wait,
     pairs,
@@ -35,14 +37,22 @@ SET_BY_JOB = (  # variables that jobs/entry.py overwrites
     "ACCELERATE_MIXED_PRECISION", "STOPPED_BY_FILE",
 )  # fmt: skip
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY", re.IGNORECASE)
-INPUTS = {Train: "train_s3", Eval: "test_s3", Prepare: "source_s3"}  # what a job needs
+INPUTS = {  # what a job needs
+    Train: "train_s3", Eval: "test_s3", Export: "test_s3", Prepare: "source_s3",
+    Transcribe: "audio_s3",
+}  # fmt: skip
+PREFIXES = {  # of a script's options
+    Train: "train", Eval: "eval", Export: "export", Prepare: "prepare", Transcribe: "transcribe",
+}  # fmt: skip
 OPTIONS = {  # member of a request -> the option it comes from
     "RoleArn": "--role",
     "TrainingJobName": "--name",
     "ProcessingJobName": "--name",
     "AlgorithmSpecification.TrainingImage": "--image_uri",
     "AppSpecification.ImageUri": "--image_uri",
-    "AppSpecification.ContainerArguments": "--prepare",
+    "AppSpecification.ContainerArguments": "--prepare, --transcribe",
+    "ProcessingOutputConfig.Outputs.S3Output.S3Uri": "--output_s3",
+    "ProcessingOutputConfig.KmsKeyId": "--kms_key",
     "OutputDataConfig.S3OutputPath": "--output_s3",
     "OutputDataConfig.KmsKeyId": "--kms_key",
     "Environment": "--environment",
@@ -64,7 +74,7 @@ OPTIONS = {  # member of a request -> the option it comes from
     "EnableInterContainerTrafficEncryption": "--encrypt_traffic",
     "NetworkConfig.EnableInterContainerTrafficEncryption": "--encrypt_traffic",
     "RemoteDebugConfig.EnableRemoteDebug": "--remote_debug",
-    "HyperParameters": "--train.KEY, --eval.KEY",
+    "HyperParameters": "--train.KEY, --eval.KEY, --export.KEY",
     "InputDataConfig.DataSource.S3DataSource.S3Uri": "--train_s3, --test_s3, --model_s3",
 } | {
     f"{place}.{member}": option
@@ -103,11 +113,18 @@ def contradictions(job: Job, options: Any) -> Iterator[Rule]:
             job.network_isolation and not job.model_s3,
             "--network_isolation true: the Hub cannot be reached: give --model_s3",
         )
-    if isinstance(job, Eval):
+    if isinstance(job, Eval | Transcribe):
         yield (
             bool(job.adapter_job and job.adapter_s3),
             "--adapter_job and --adapter_s3 name two adapters: keep one",
         )
+    if isinstance(job, Export):
+        yield (
+            job.instance_count > 1,
+            f"--instance_count {job.instance_count}: a model is exported on one machine: give 1",
+        )
+    if isinstance(job, Transcribe):
+        yield from _transcription(job, options)
     if isinstance(job, Prepare):
         yield from _preparation(job, options)
 
@@ -248,14 +265,14 @@ def _instance(job: TrainingJob, options: Any) -> Iterator[Rule]:
     step = None
     if isinstance(job, Train) and "zero3" not in job.accelerate_config:
         step = options.memory_step("cuda")
-    model = "" if job.model_s3 else options.model
+    model = "" if job.model_s3 or isinstance(job, Export) else options.model
     problem = unfit(job.instance_type, model, step, getattr(options, "lora_rank", 0))
     yield problem is not None, str(problem)
 
 
 def _script_options(job: TrainingJob, options: Any) -> Iterator[Rule]:
     """Options of the script that the job sets."""
-    prefix, data = ("train", "--train_s3") if isinstance(job, Train) else ("eval", "--test_s3")
+    prefix, data = PREFIXES[type(job)], f"--{INPUTS[type(job)]}"
     instead = {"data_dir": data, "adapter": "--adapter_s3"}
     given = changed(options)
     for key in ("data_dir", "output_dir", "cache_dir", "adapter"):
@@ -293,6 +310,29 @@ def _preparation(job: Prepare, options: Any) -> Iterator[Rule]:
     )
 
 
+def _transcription(job: Transcribe, options: Any) -> Iterator[Rule]:
+    yield (
+        job.instance_count > 1,
+        f"--instance_count {job.instance_count}: transcribe.py is one process: give 1, and start a "
+        "job for each part of the recordings",
+    )
+    yield (
+        job.network_isolation and not job.model_s3,
+        "--network_isolation true: the Hub cannot be reached: give --model_s3",
+    )
+    given = changed(options)
+    instead = {"audio": "--audio_s3", "adapter": "--adapter_s3"}
+    for key in ("audio", "adapter", "output_dir", "manifest"):
+        remedy = f"give {instead[key]} instead" if key in instead else "leave it out"
+        yield key in given, f"--transcribe.{key} {given.get(key)}: is set by the job: {remedy}"
+    yield (
+        "model" in given and bool(job.model_s3),
+        f"--transcribe.model {given.get('model')}: --model_s3 names another: keep one",
+    )
+    problem = unfit(job.instance_type, "" if job.model_s3 else options.model, None)
+    yield problem is not None, str(problem)
+
+
 def _replaced_options(job: Job) -> Iterator[str]:
     """Members of `--request` that have an option, which is checked and counted in the cost."""
     for path, value in _paths(parse_request(job.request)):
@@ -318,10 +358,11 @@ def _paths(value: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
 def all_problems(job: Job, options: Any, request: dict[str, Any]) -> list[str]:
     """Broken rules, then what AWS's own model refuses about options that they do not name."""
     broken = [message for is_broken, message in contradictions(job, options) if is_broken]
-    operation = "CreateProcessingJob" if isinstance(job, Prepare) else "CreateTrainingJob"
-    prefix = {Train: "train", Eval: "eval"}.get(type(job), "")
+    is_training = isinstance(job, TrainingJob)
+    operation = "CreateTrainingJob" if is_training else "CreateProcessingJob"
     names = OPTIONS | {
-        f"HyperParameters.{key}": f"--{prefix}.{key}" for key in request.get("HyperParameters", {})
+        f"HyperParameters.{key}": f"--{PREFIXES[type(job)]}.{key}"
+        for key in request.get("HyperParameters", {})
     }
     names["InputDataConfig"] = f"--{INPUTS[type(job)]}"
     names |= {path: f"--request {path}" for path, _ in _paths(parse_request(job.request))}

@@ -15,6 +15,7 @@ from pathlib import Path
 ML = Path("/opt/ml")
 CHECKPOINTS = ML / "checkpoints"  # copied to S3 while a training job runs, and back at its start
 PROCESSING = ML / "processing"  # of a processing job
+TRANSCRIPTS = PROCESSING / "output" / "transcripts"  # copied to S3 while a processing job runs
 FAILURE_BYTES = 1000  # SageMaker shows 1,024
 EXCEPTION = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|Interrupt)\b")
 

@@ -1,7 +1,8 @@
 """First process of the container: starts the unchanged scripts, passes on signals and exit code.
 
-SageMaker runs the image with the argument `train` (a training job, of train_lora.py or eval_wer.py)
-or with the arguments that sagemaker_launch.py gave a processing job: `prepare --key value ...`.
+SageMaker runs the image with the argument `train` (a training job, of train_lora.py, eval_wer.py or
+export.py) or with the arguments that sagemaker_launch.py gave a processing job: `prepare --key
+value ...` or `transcribe --key value ...`.
 Everything else is in files below /opt/ml, and in LAUNCH_* variables that jobs/request.py sets.
 """
 
@@ -29,6 +30,7 @@ from jobs.contract import (  # noqa: E402
     CHECKPOINTS,
     ML,
     PROCESSING,
+    TRANSCRIPTS,
     Cluster,
     explain_failure,
     read_channels,
@@ -37,13 +39,14 @@ from jobs.contract import (  # noqa: E402
     report_failure,
     say,
 )
-from jobs.inputs import SCRATCH, read_token, set_by_job  # noqa: E402
+from jobs.inputs import SCRATCH, find_trained, read_token, set_by_job  # noqa: E402
 from jobs.node import find_gpus, library_path, wait_for_names  # noqa: E402
 
 PORT = 7777  # where the processes of several nodes meet
 KILL_SECONDS = 130.0  # SageMaker kills a container 120 seconds after its SIGTERM
 SHUTDOWN_SECONDS = 100  # that the launcher gives its processes after a SIGTERM
 TAIL_BYTES = 262_144  # of stderr, kept to explain a failure: eight tracebacks
+PROCESSING_SCRIPTS = {"prepare": "preprocess.py", "transcribe": "transcribe.py"}
 RESULTS = ("adapter", "adapter_best", "model", "model_best", "train.json", "metrics.jsonl")
 
 
@@ -73,12 +76,21 @@ def words(options: dict[str, str]) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def prepare_program(arguments: list[str]) -> Program:
-    """preprocess.py on the one node of a processing job."""
+def processing_program(command: str, arguments: list[str]) -> Program:
+    """preprocess.py or transcribe.py on the one node of a processing job."""
     cluster = read_cluster(ML / "config" / "resourceconfig.json")
-    command = [sys.executable, str(PROGRAM / "preprocess.py"), *arguments]
-    command += ["--output_dir", str(PROCESSING / "prepared")]
-    return Program(cluster, "preprocess.py", command, {})
+    options = {"output_dir": str(PROCESSING / "prepared")}
+    if command == "transcribe":
+        find_gpus(cluster.instance_type)  # fails if those of the instance cannot be used
+        channels = read_channels(PROCESSING / "input")
+        options = {
+            kind: str(find_trained(channels[kind], kind))
+            for kind in ("model", "adapter")
+            if kind in channels
+        } | {"output_dir": str(TRANSCRIPTS)}
+    script = PROCESSING_SCRIPTS[command]
+    words_of_script = [sys.executable, str(PROGRAM / script), *arguments, *words(options)]
+    return Program(cluster, script, words_of_script, {})
 
 
 def train_program() -> Program:
@@ -233,7 +245,12 @@ def await_kill() -> None:
 
 def failure_file(arguments: list[str]) -> Path:
     """Where SageMaker looks for the reason of a failure, for both kinds of job."""
-    return ML / "output" / ("message" if arguments[:1] == ["prepare"] else "failure")
+    return ML / "output" / ("message" if is_processing(arguments) else "failure")
+
+
+def is_processing(arguments: list[str]) -> bool:
+    """Whether the container's arguments are those of a processing job."""
+    return bool(arguments) and arguments[0] in PROCESSING_SCRIPTS
 
 
 # ------ main
@@ -250,8 +267,11 @@ def run(arguments: list[str]) -> None:
     os.environ["LD_LIBRARY_PATH"] = library_path(os.environ.get("LD_LIBRARY_PATH", ""))
     if source := os.environ.get("HF_TOKEN_FROM"):
         os.environ["HF_TOKEN"] = read_token(source)
-    start, is_preparation = time.time(), arguments[:1] == ["prepare"]
-    program = prepare_program(arguments[1:]) if is_preparation else train_program()
+    start = time.time()
+    if is_processing(arguments):
+        program = processing_program(arguments[0], arguments[1:])
+    else:
+        program = train_program()
     cluster = program.cluster
     say(f"{cluster.host} is node {cluster.rank + 1} of {len(cluster.hosts)}: {program.command}")
     note = Path(tempfile.mkdtemp()) / "stopped_by"

@@ -13,7 +13,11 @@ FETCHED = ("metrics.jsonl", "train.json", "tensorboard/", "adapter_best/", "mode
 
 
 def fetch_job(s3: Any, job: dict[str, Any], folder: Path) -> set[str]:
-    """Download and unpack what a training job has written so far; returns the names in `folder`."""
+    """Download and unpack what a job has written so far; returns the names in `folder`."""
+    if "TrainingJobName" not in job:
+        for output in job["ProcessingOutputConfig"]["Outputs"]:
+            download(s3, *split_uri(output["S3Output"]["S3Uri"]), folder)
+        return {path.name for path in folder.iterdir()}
     checkpoints = job.get("CheckpointConfig", {}).get("S3Uri", "")
     if checkpoints:
         download(s3, *split_uri(checkpoints), folder, FETCHED)

@@ -39,7 +39,8 @@ def set_by_job(script: str, channels: dict[str, Path], *, stage: bool) -> dict[s
         }
     if "adapter" in channels:
         options["adapter"] = str(find_trained(channels["adapter"], "adapter"))
-    return options | {"output_dir": str(ML / "output" / "data")}
+    output = ML / "output" / "data"
+    return options | {"output_dir": str(output / "export" if script == "export.py" else output)}
 
 
 def copy_to_disk(folder: Path, scratch: Path = SCRATCH) -> Path:

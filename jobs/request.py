@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.cli import UserError
-from jobs.contract import CHECKPOINTS, PROCESSING
+from jobs.contract import CHECKPOINTS, PROCESSING, TRANSCRIPTS
 from jobs.instances import has_local_disk, num_gpus
 
 SPOT_SAVE_MINUTES = 10  # between checkpoints of a spot job, by default
@@ -96,6 +96,24 @@ class Eval(TrainingJob):
 
     test_s3: str = ""  # prepared dataset, as written by preprocess.py
     adapter_job: str = ""  # training job in the same --output_s3 whose adapter is scored
+    adapter_s3: str = ""  # folder of the adapter, or a model.tar.gz; instead of --adapter_job
+
+
+@dataclass
+class Export(Eval):
+    """Export on SageMaker; --export.KEY VALUE for every option of export.py."""
+
+    instance_type: str = "ml.m5.4xlarge"  # instance type; exports are written and scored on CPUs
+
+
+@dataclass
+class Transcribe(Job):
+    """Transcribe on SageMaker; --transcribe.KEY VALUE for every option of transcribe.py."""
+
+    audio_s3: str = ""  # folder of recordings
+    audio_file: str = ""  # manifest in --audio_s3; empty: all recordings in the folder
+    model_s3: str = ""  # folder of the base model, or a job's model.tar.gz; empty: the Hub
+    adapter_job: str = ""  # training job in the same --output_s3 whose adapter is used
     adapter_s3: str = ""  # folder of the adapter, or a model.tar.gz; instead of --adapter_job
 
 
@@ -196,6 +214,8 @@ def sweep(text: str, prefix: str) -> list[dict[str, str]]:
 
 def metric_definitions(job: TrainingJob) -> list[dict[str, str]]:
     """Metrics that SageMaker extracts from the log of train_lora.py or eval_wer.py."""
+    if isinstance(job, Export):
+        return []
     if isinstance(job, Eval):
         return [
             {"Name": f"{system}:{rate}", "Regex": rf"{system}: .*\b{rate}={NUMBER}"}
@@ -288,12 +308,17 @@ def build_request(job: Train | Eval, options: Any, name: str) -> dict[str, Any]:
     return request
 
 
+SCRIPTS = {Train: "train_lora.py", Eval: "eval_wer.py", Export: "export.py"}
+
+
 def _launch_variables(job: Train | Eval) -> dict[str, str]:
     """What the job tells jobs/entry.py."""
     variables = {
-        "LAUNCH_SCRIPT": "train_lora.py" if isinstance(job, Train) else "eval_wer.py",
+        "LAUNCH_SCRIPT": SCRIPTS[type(job)],
         "LAUNCH_CONFIG": "" if job.accelerate_config == "auto" else job.accelerate_config,
-        "LAUNCH_PROCESSES_PER_HOST": str(job.processes_per_host or ""),
+        "LAUNCH_PROCESSES_PER_HOST": str(
+            1 if isinstance(job, Export) else job.processes_per_host or ""
+        ),
         "LAUNCH_STAGE": "true" if job.stage_to_local else "",
         "LAUNCH_SPOT": "true" if job.spot else "",
     }
@@ -324,13 +349,22 @@ def _instances(job: Job) -> dict[str, Any]:
     return members
 
 
-def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str, Any]:
-    """The CreateProcessingJob request; preprocess.py writes the dataset to OUTPUT_S3/JOB."""
-    source = str(PROCESSING / "input" / "source")
-    arguments = {
-        "source": f"{source}/{job.source_file}" if job.source_file else source,
-        "s3_uri": prepared_s3(job, name),
-    } | changed(options)
+def build_processing_request(job: Prepare | Transcribe, options: Any, name: str) -> dict[str, Any]:
+    """The CreateProcessingJob request; results are written to OUTPUT_S3/JOB.
+
+    preprocess.py copies the dataset there itself, transcripts are copied by SageMaker as they are
+    written.
+    """
+    inputs = {channel: f"{PROCESSING}/input/{channel}" for channel in channels(job)}
+    if isinstance(job, Prepare):
+        command, file = "prepare", job.source_file
+        arguments = {"source": inputs["source"], "s3_uri": results_s3(job, name)}
+    else:
+        command, file, arguments = "transcribe", job.audio_file, {"audio": inputs["audio"]}
+    data = next(iter(arguments))
+    if file:
+        arguments[data] += f"/{file}"
+    arguments |= changed(options)
     network = {
         "EnableInterContainerTrafficEncryption": job.encrypt_traffic,
         "EnableNetworkIsolation": job.network_isolation,
@@ -341,28 +375,43 @@ def build_processing_request(job: Prepare, options: Any, name: str) -> dict[str,
         "AppSpecification": {
             "ImageUri": job.image_uri,
             "ContainerArguments": [
-                "prepare",
+                command,
                 *(word for key, value in arguments.items() for word in (f"--{key}", value)),
             ],
         },
         "ProcessingInputs": [
             {
-                "InputName": "source",
+                "InputName": channel,
                 "S3Input": {
-                    "S3Uri": _folder(job.source_s3),
-                    "LocalPath": source,
+                    "S3Uri": _folder(uri),
+                    "LocalPath": inputs[channel],
                     "S3DataType": "S3Prefix",
                     "S3InputMode": "File",
                     "S3DataDistributionType": "FullyReplicated",
                 },
             }
+            for channel, uri in channels(job).items()
         ],
         "ProcessingResources": {"ClusterConfig": _instances(job)},
         "StoppingCondition": {"MaxRuntimeInSeconds": job.max_run_seconds},
         "NetworkConfig": network,
         "Environment": _environment(job),
         "Tags": _tags(job),
+    } | ({} if isinstance(job, Prepare) else _transcripts(job, name))
+
+
+def _transcripts(job: Transcribe, name: str) -> dict[str, Any]:
+    """Where a processing job's transcripts are copied to."""
+    output = {
+        "OutputName": "transcripts",
+        "S3Output": {
+            "S3Uri": results_s3(job, name),
+            "LocalPath": str(TRANSCRIPTS),
+            "S3UploadMode": "Continuous",
+        },
     }
+    key = {"KmsKeyId": job.kms_key} if job.kms_key else {}
+    return {"ProcessingOutputConfig": {"Outputs": [output]} | key}
 
 
 def _hyperparameters(job: Train | Eval, options: Any) -> dict[str, str]:
@@ -371,21 +420,28 @@ def _hyperparameters(job: Train | Eval, options: Any) -> dict[str, str]:
     return ({"save_every_minutes": str(SPOT_SAVE_MINUTES)} if saves else {}) | changed(options)
 
 
-def prepared_s3(job: Prepare, name: str) -> str:
-    """Where a processing job writes the dataset."""
+def results_s3(job: Prepare | Transcribe, name: str) -> str:
+    """Where the results of a processing job are written."""
     return f"{job.output_s3.rstrip('/')}/{name}"
 
 
-def channels(job: Train | Eval) -> dict[str, str]:
+def channels(job: Job) -> dict[str, str]:
     """Input channels: name -> place in S3."""
+    if isinstance(job, Prepare):
+        return {"source": job.source_s3}
     if isinstance(job, Train):
         given = {"train": job.train_s3}
     else:
-        adapter = job.adapter_s3
-        if job.adapter_job:
-            adapter = f"{job.output_s3.rstrip('/')}/{job.adapter_job}/output/model.tar.gz"
-        given = {"test": job.test_s3, "adapter": adapter}
+        data = {"audio": job.audio_s3} if isinstance(job, Transcribe) else {"test": job.test_s3}
+        given = data | {"adapter": adapter_s3(job)}
     return {name: uri for name, uri in (given | {"model": job.model_s3}).items() if uri}
+
+
+def adapter_s3(job: Eval | Transcribe) -> str:
+    """The place in S3 of the adapter of a job; empty: none."""
+    if job.adapter_job:
+        return f"{job.output_s3.rstrip('/')}/{job.adapter_job}/output/model.tar.gz"
+    return job.adapter_s3
 
 
 def _folder(s3_uri: str) -> str:

@@ -7,7 +7,7 @@ from common import cli
 from common.aws import client, explain_errors, split_uri
 from common.cli import UserError
 from jobs.report import name_of
-from jobs.request import Job, Prepare, Train, channels, region_of
+from jobs.request import Job, Train, TrainingJob, channels, region_of
 
 
 def start_jobs(job: Job, requests: list[dict[str, Any]], name: str) -> None:
@@ -27,9 +27,9 @@ def start_jobs(job: Job, requests: list[dict[str, Any]], name: str) -> None:
     if isinstance(job, Train) and job.checkpoint_s3:
         refuse_other_region(s3, "--checkpoint_s3", job.checkpoint_s3, region)
     sagemaker = client("sagemaker", region)
-    create = sagemaker.create_training_job
-    if isinstance(job, Prepare):
-        create = sagemaker.create_processing_job
+    create = sagemaker.create_processing_job
+    if isinstance(job, TrainingJob):
+        create = sagemaker.create_training_job
     started: list[str] = []
     for request in requests:
         try:
@@ -66,12 +66,11 @@ def inputs(job: Job) -> Iterator[tuple[str, str, str]]:
     """Option, place in S3, and a file that the place must hold, for each input of a job."""
     from common.prepared import RECORD_NAME  # imports pandas, which `status` does not need
 
-    if isinstance(job, Prepare):
-        yield "--source_s3", job.source_s3, job.source_file
-        return
+    files = {"train": RECORD_NAME, "test": RECORD_NAME}
+    files |= {"source": getattr(job, "source_file", ""), "audio": getattr(job, "audio_file", "")}
     for name, uri in channels(job).items():
         option = "--adapter_job" if name == "adapter" and job.adapter_job else f"--{name}_s3"
-        yield option, uri, RECORD_NAME if name in ("train", "test") else ""
+        yield option, uri, files.get(name, "")
 
 
 def refuse_other_region(s3: Any, option: str, s3_uri: str, region: str) -> None:

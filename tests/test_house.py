@@ -6,13 +6,14 @@ from pathlib import Path
 import launch
 import pytest
 
-SCRIPTS = ("preprocess", "train_lora", "eval_wer", "sagemaker_launch", "transcribe")
+SCRIPTS = ("preprocess", "train_lora", "eval_wer", "sagemaker_launch", "transcribe", "export")
 ROOMS = {  # room -> the programs that may reach its files
     "prepare": {"preprocess"},
     "training": {"train_lora"},
     "evaluation": {"eval_wer"},
     "jobs": {"sagemaker_launch", "jobs.entry"},
     "transcription": {"transcribe"},
+    "conversion": {"export"},
 }
 
 

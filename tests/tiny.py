@@ -1,5 +1,6 @@
 """Small stand-ins made on the spot: a random Whisper with a tokenizer of its own, and a corpus."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -96,6 +97,70 @@ def make_checkpoint(folder: Path, *, seed: int = 0, width: int = 64, layers: int
     )
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return folder
+
+
+def end_texts(
+    model: WhisperForConditionalGeneration, end: int, slope: float, *, middle: int = 16
+) -> None:
+    """Let texts end: the later, the more probable the end token, by `slope` a token.
+
+    With a slope of 2 they have some 20 tokens, of 0.3 some 50 to 90. Before the token `middle` the
+    end is improbable.
+    """
+    width = model.config.d_model
+    direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    direction = torch.nn.functional.normalize(direction, dim=0)
+    with torch.no_grad():
+        positions = model.model.decoder.embed_positions.weight
+        positions *= 6
+        positions += slope * (torch.arange(len(positions))[:, None] - middle) * direction
+        model.proj_out.weight[end] += 3 * direction
+
+
+def make_full_vocabulary(folder: Path, *, seed: int = 0) -> Path:
+    """A random Whisper as `make_checkpoint` makes, with a vocabulary of Whisper's 51,865 tokens.
+
+    After the 256 bytes come triples of letters, digits and spaces, and an empty token, as in
+    OpenAI's. No merge makes the triples: only a model writes them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    signs = "abcdefghijklmnopqrstuvwxyz0123456789\u0120"
+    triples = ["".join(three) for three in itertools.product(signs, repeat=3)][: 50_256 - 256]
+    vocabulary = {token: index for index, token in enumerate([*BYTES, *triples, ""])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIALS])
+    times = [AddedToken(f"<|{index * 0.02:.2f}|>") for index in range(1501)]
+    tokenizer.add_tokens(times)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    config = {"tokenizer_class": "WhisperTokenizer"} | dict.fromkeys(names, SPECIALS[0])
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = {name: tokenizer.token_to_id(name) for name in SPECIALS}
+    end, start = ids[SPECIALS[0]], ids[SPECIALS[1]]
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=51_865, d_model=64, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=256,
+            decoder_ffn_dim=256, bos_token_id=end, eos_token_id=end, pad_token_id=end,
+            decoder_start_token_id=start, init_std=0.3,
+        )
+    )  # fmt: skip
+    with torch.no_grad():  # few tokens compete, so that rounding seldom changes which one wins
+        few = torch.zeros(51_865, 1)
+        few[[*range(1000, 1040), end]] = 1.0
+        model.proj_out.weight *= few.clamp(min=0.05)
+    end_texts(model, end, 8.0, middle=6)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end, eos_token_id=end, pad_token_id=end, decoder_start_token_id=start,
+        max_length=448, alignment_heads=[[1, 0], [1, 1]], return_timestamps=False,
+        suppress_tokens=[*range(end + 1, 51_865)],
+        begin_suppress_tokens=[tokenizer.token_to_id("\u0120"), end],
+    )  # fmt: skip
+    model.save_pretrained(folder)
     return folder
 
 

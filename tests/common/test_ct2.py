@@ -18,14 +18,7 @@ def ending(checkpoint, tmp_path_factory):
     """A random Whisper whose texts end at different steps: in PyTorch, and its export."""
     folder = tmp_path_factory.mktemp("ending") / "hf"
     model = whisper.load_base(str(checkpoint), dtype=torch.float32).eval()
-    direction = torch.nn.functional.normalize(
-        torch.randn(64, generator=torch.manual_seed(0)), dim=0
-    )
-    with torch.no_grad():
-        positions = model.model.decoder.embed_positions.weight
-        positions *= 6
-        positions += 0.3 * (torch.arange(len(positions))[:, None] - 16) * direction
-        model.proj_out.weight[tiny.END] += 3 * direction
+    tiny.end_texts(model, tiny.END, 0.3)
     model.generation_config.suppress_tokens = [5, 17]
     model.generation_config.begin_suppress_tokens = [tiny.END, 30]
     model.save_pretrained(folder)

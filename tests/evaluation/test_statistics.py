@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from common.bootstrap import rate_interval
+from common.bootstrap import difference_interval, rate_interval
 from common.metrics import ClipCounts, ErrorCounts
 from evaluation import report, statistics
 
@@ -192,3 +192,14 @@ def test_two_speakers_who_happen_to_be_alike_do_not_make_the_logged_interval_nar
     words = clip_counts(errors, [10, 10, 10, 10])["raw"].words
     low, high = rate_interval(words, ids, ["p", "p", "q", "q"])
     assert high - low > 20, "each speaker has 50 %"
+
+
+@pytest.mark.parametrize("speakers", [5, 40])
+def test_the_interval_of_a_difference_is_that_of_the_comparison(speakers):
+    """Below 20 speakers it is as wide as that over speakers or that over clips."""
+    ids, names, counts = corpus(200, speakers)
+    words = [counts[system]["raw"].words for system in ("base", "adapter")]
+    [comparison, _] = statistics.significance(ids, names, counts).comparisons
+    bounds = [comparison["interval"], comparison.get("interval_clips", comparison["interval"])]
+    widest = [min(low for low, _ in bounds), max(high for _, high in bounds)]
+    assert difference_interval(*words, ids, names) == pytest.approx(widest)

@@ -12,15 +12,17 @@ from strict_aws import BUCKET, IMAGE, ROLE_ARN
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import eval_wer
+import export
 import preprocess
 import train_lora
+import transcribe
 from common import cli
 from jobs import aws_model, instances
 from jobs import check as job_check
 from jobs import fit as job_fit
 from jobs import report as job_report
 from jobs import request as job_request
-from jobs.request import Eval, Prepare, Train, build_request
+from jobs.request import Eval, Export, Prepare, Train, Transcribe, build_request
 
 GOLDEN = Path(__file__).parent / "golden"
 NAME = "whisper-20261123-120000"
@@ -81,6 +83,20 @@ REQUESTS = {
         ),
         preprocess.Config(language="mr", model="openai/whisper-large-v2"), NAME,
     ),
+    "export": lambda: build_request(
+        Export(
+            **BASE, test_s3=f"s3://{BUCKET}/prepared", adapter_job="whisper-20261122-090000",
+        ),
+        export.Config(model="openai/whisper-small", formats="hf,ct2,ggml"), NAME,
+    ),
+    "transcribe": lambda: job_request.build_processing_request(
+        Transcribe(
+            **BASE, audio_s3=f"s3://{BUCKET}/radio", audio_file="files.txt",
+            model_s3=f"s3://{BUCKET}/whisper-small", adapter_job="whisper-20261122-090000",
+            kms_key="1234abcd-12ab-34cd-56ef-1234567890ab",
+        ),
+        transcribe.Config(language="mr", formats="srt"), NAME,
+    ),
 }  # fmt: skip
 
 
@@ -89,7 +105,7 @@ def test_a_request_is_the_golden_one_and_aws_model_takes_it(name):
     request = REQUESTS[name]()
     file = GOLDEN / f"{name}.json"
     assert request == json.loads(file.read_text(encoding="utf-8")), f"{file} differs"
-    operation = f"Create{'Processing' if name == 'prepare' else 'Training'}Job"
+    operation = f"Create{'Processing' if 'ProcessingJobName' in request else 'Training'}Job"
     assert aws_model.problems(operation, request) == []
 
 
@@ -463,7 +479,7 @@ def test_an_unknown_price_stays_unknown():
     assert told.startswith("cost ceiling: unknown")
 
 
-@pytest.mark.parametrize("job", [Train, Eval, Prepare])
+@pytest.mark.parametrize("job", [Train, Eval, Export, Prepare, Transcribe])
 def test_the_default_instance_type_has_a_price(job):
     assert instances.price(job().instance_type, "us-east-1")
 

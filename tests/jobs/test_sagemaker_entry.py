@@ -20,7 +20,7 @@ import sagemaker
 import tiny
 from short_run import SMALL
 from strict_aws import BUCKET, REGION, strict_aws
-from test_house import FILES, REACHED, ROOMS
+from test_house import FILES, REACHED, ROOMS, SCRIPTS
 
 import train_lora
 from common import cli, provenance
@@ -117,9 +117,9 @@ def test_the_job_sets_the_folders_of_its_channels_and_results(tmp_path):
     assert options["data_dir"] == str(tmp_path / "train")
     assert options["model"] == str(tmp_path / "model")
     assert options["output_dir"] == "/opt/ml/checkpoints"
-    assert inputs.set_by_job("eval_wer.py", {}, stage=False) == {
-        "output_dir": "/opt/ml/output/data"
-    }
+    for script, folder in (("eval_wer.py", ""), ("export.py", "/export")):
+        options = inputs.set_by_job(script, {}, stage=False)
+        assert options == {"output_dir": f"/opt/ml/output/data{folder}"}
 
 
 @pytest.mark.parametrize("program", ["jobs.entry", "sagemaker_launch"])
@@ -138,10 +138,27 @@ def test_clients_of_aws_are_made_in_one_place():
 
 
 def test_a_dataset_is_prepared_on_one_node():
-    assert entry.prepare_program(["--language", "mr"]).command == [
+    assert entry.processing_program("prepare", ["--language", "mr"]).command == [
         sys.executable, str(launch.ROOT / "preprocess.py"), "--language", "mr",
-        "--output_dir", "/opt/ml/processing/prepared",
+        "--output_dir=/opt/ml/processing/prepared",
     ]  # fmt: skip
+
+
+def test_recordings_are_transcribed_on_one_node_with_the_models_of_the_channels(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(entry, "PROCESSING", tmp_path)
+    monkeypatch.setattr(entry, "find_gpus", lambda instance_type: 1)
+    (tmp_path / "input" / "adapter").mkdir(parents=True)
+    with pytest.raises(cli.UserError, match=r"--adapter_s3: no adapter_config.json in"):
+        entry.processing_program("transcribe", [])
+    (tmp_path / "input" / "adapter" / "adapter_config.json").touch()
+    assert entry.processing_program("transcribe", ["--audio", "a"]).command == [
+        sys.executable, str(launch.ROOT / "transcribe.py"), "--audio", "a",
+        f"--adapter={tmp_path}/input/adapter", f"--output_dir={entry.TRANSCRIPTS}",
+    ]  # fmt: skip
+    failure = entry.failure_file(["transcribe", "--audio", "a"])
+    assert failure == entry.failure_file(["prepare"]) != entry.failure_file(["train"])
 
 
 # ------ GPUs
@@ -389,7 +406,7 @@ def test_the_dockerfile_is_clean_and_the_entry_is_process_1():
             assert (launch.ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("program", ["preprocess", "train_lora", "eval_wer", "jobs.entry"])
+@pytest.mark.parametrize("program", [*sorted({*SCRIPTS} - {"sagemaker_launch"}), "jobs.entry"])
 def test_the_image_has_every_file_that_its_programs_import(program):
     text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
     copied = set(" ".join(re.findall(r"^COPY (.*) \S+$", text, flags=re.M)).split())

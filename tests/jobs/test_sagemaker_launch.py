@@ -633,6 +633,53 @@ def test_preparation_is_a_processing_job_that_status_logs_and_stop_know(aws, cap
         call("fetch", job=name)
 
 
+def test_an_export_is_a_job_of_one_process_on_cpus(aws):
+    options = {key: own for key, own in TRAIN.items() if key != "train_s3"}
+    options |= {"test_s3": f"s3://{BUCKET}/prepared", "adapter_job": "mr-1"}
+    aws.put("whisper/mr-1/output/model.tar.gz", archive(adapter__adapter_config=b"{}"))
+    with pytest.raises(cli.UserError, match=r"--export.formats hf,onnx: 'onnx' is unknown"):
+        call("export", **options, export__formats="hf,onnx")
+    with pytest.raises(cli.UserError, match=r"--instance_count 2: a model is exported on one"):
+        call("export", **options, instance_count=2)
+    with pytest.raises(cli.UserError, match=r"--export.adapter .: is set by the job: give --adap"):
+        call("export", **options, export__adapter=".")
+    large = {"export__model": "openai/whisper-large-v3"}  # more than is scored without a GPU
+    call("export", **options, export__formats="hf,ct2", **large)
+    sent = aws.jobs[the_job(aws)]
+    assert sent["Environment"]["LAUNCH_SCRIPT"] == "export.py"
+    assert sent["Environment"]["LAUNCH_PROCESSES_PER_HOST"] == "1"
+    assert sent["HyperParameters"] == {"formats": "hf,ct2", "model": "openai/whisper-large-v3"}
+    assert {own["ChannelName"] for own in sent["InputDataConfig"]} == {"test", "adapter"}
+
+
+def test_transcription_is_a_processing_job_whose_transcripts_are_fetched(aws, tmp_path, capsys):
+    options = {key: TRAIN[key] for key in ("role", "image_uri", "output_s3")}
+    options |= {"audio_s3": f"s3://{BUCKET}/radio", "adapter_job": "mr-1"}
+    aws.put("whisper/mr-1/output/model.tar.gz", archive(adapter__adapter_config=b"{}"))
+    with pytest.raises(cli.UserError, match=f"--audio_s3 s3://{BUCKET}/radio: is empty"):
+        call("transcribe", **options)
+    aws.put("radio/a.mp3", "")
+    with pytest.raises(cli.UserError, match=r"--audio_s3 .*: has no files.txt"):
+        call("transcribe", **options, audio_file="files.txt")
+    with pytest.raises(cli.UserError, match=r"--transcribe.audio x: is set by the job: give --aud"):
+        call("transcribe", **options, transcribe__audio="x")
+    with pytest.raises(cli.UserError, match=r"--transcribe.formats doc: doc is not a format"):
+        call("transcribe", **options, transcribe__formats="doc")
+    with pytest.raises(cli.UserError, match=r"--instance_count 2: transcribe.py is one process"):
+        call("transcribe", **options, instance_count=2)
+    call("transcribe", **options, transcribe__language="mr")
+    name, place = the_job(aws), f"s3://{BUCKET}/whisper/{the_job(aws)}"
+    sent = aws.jobs[name]
+    assert sent["AppSpecification"]["ContainerArguments"] == [
+        "transcribe", "--audio", "/opt/ml/processing/input/audio", "--language", "mr",
+    ]  # fmt: skip
+    assert {own["InputName"] for own in sent["ProcessingInputs"]} == {"audio", "adapter"}
+    assert f"the transcripts will be {place}" in capsys.readouterr().out
+    aws.put(f"whisper/{name}/day/talk.srt", "1")
+    call("fetch", job=name, output_dir=tmp_path)
+    assert (tmp_path / name / "day" / "talk.srt").read_text() == "1"
+
+
 def test_prices_of_a_region_are_renewed_from_the_price_list(aws, tmp_path):
     def product(usage, usd):
         dimension = {"unit": "Hrs", "pricePerUnit": {"USD": usd}}
