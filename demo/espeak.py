@@ -1,4 +1,4 @@
-"""Marathi speech from espeak-ng, through ctypes: the library sits in the package espeakng-loader.
+"""Speech from espeak-ng, through ctypes: the library sits in the package espeakng-loader.
 
 espeak-ng carries noise and flutter over from one sentence to the next and cannot be reset, so equal
 samples need a new process and the same sentences in the same order.
@@ -19,7 +19,7 @@ PARAMETER_RATE = 1  # words a minute
 PARAMETER_PITCH = 3  # 0 to 100
 OK = 0
 
-LANGUAGE = b"mr"
+LANGUAGE = "mr"
 RANDOM_SEED = 0  # of the breath noise; espeak-ng takes the time of day if nobody sets it
 
 SynthCallback = ctypes.CFUNCTYPE(
@@ -75,20 +75,23 @@ def load() -> tuple[ctypes.CDLL, int, list[bytes], Callable[..., int]]:
     return library, rate, pieces, callback
 
 
-def speak(text: str, *, variant: str, words_per_minute: int, pitch: int) -> tuple[np.ndarray, int]:
+def speak(
+    text: str, *, variant: str, words_per_minute: int, pitch: int, language: str = LANGUAGE
+) -> tuple[np.ndarray, int]:
     """Speak one sentence.
 
     Args:
-        text: Marathi in Devanagari.
+        text: in the language's own script.
         variant: name of a file in espeak-ng's `voices/!v`, for example "f2".
         words_per_minute: 80 to 450.
         pitch: 0 to 100; 50 is the variant's own.
+        language: of espeak-ng's voice.
 
     Returns:
         int16 (N,), and the sampling rate.
     """
     library, rate, pieces, _ = load()
-    _set_voice(library, variant)
+    _set_voice(library, language, variant)
     assert library.espeak_SetParameter(PARAMETER_RATE, words_per_minute, 0) == OK
     assert library.espeak_SetParameter(PARAMETER_PITCH, pitch, 0) == OK
     pieces.clear()
@@ -98,10 +101,10 @@ def speak(text: str, *, variant: str, words_per_minute: int, pitch: int) -> tupl
     return np.frombuffer(b"".join(pieces), dtype=np.int16), rate
 
 
-def _set_voice(library: ctypes.CDLL, variant: str) -> None:
-    """Choose the Marathi voice in one variant; espeak-ng passes over an unknown one in silence."""
-    name = LANGUAGE + b"+" + variant.encode()
+def _set_voice(library: ctypes.CDLL, language: str, variant: str) -> None:
+    """Choose a voice in one variant; espeak-ng passes over an unknown one in silence."""
+    name = f"{language}+{variant}".encode()
     assert library.espeak_SetVoiceByName(name) == OK, f"no voice {name!r}"
     voice = library.espeak_GetCurrentVoice().contents
-    assert voice.languages[1:] == LANGUAGE, f"{name!r} speaks {voice.languages!r}"
-    assert voice.identifier.endswith(b"+" + variant.encode()), f"no variant {variant!r}"
+    assert voice.languages[1:] == language.encode(), f"{name!r} speaks {voice.languages!r}"
+    assert voice.identifier.endswith(f"+{variant}".encode()), f"no variant {variant!r}"

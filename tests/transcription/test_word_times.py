@@ -1,24 +1,20 @@
 """Word times of a real whisper-base against espeak-ng's own word events, where `make demo` ran."""
 
-import ctypes
+from dataclasses import replace
 
 import launch
-import numpy as np
 import pytest
-import soxr
 import torch
 
-from common import decoding, labels, predictions, whisper, windows
-from common.audio import SAMPLES_PER_POSITION
-from demo import espeak
-from transcription import alignment
+from benchmarks import word_times
+from common import labels
+from common.accelerator import open_accelerator
+from common.systems import load_system
 from transcription.stretches import find_stretches
 from transcription.vad import load_vad
-from transcription.words import split_words
 
 DEMO = launch.ROOT / "demo_run"
 BASE, ADAPTER = DEMO / "whisper-base", DEMO / "run" / "adapter"
-WORD, END_OF_LIST = 1, 0  # types of espeak-ng's events
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not ADAPTER.is_dir(), reason="needs the weights of make demo"),
@@ -26,91 +22,23 @@ pytestmark = [
 pytest.importorskip("silero_vad", reason="requirements-export.txt")
 
 
-class Event(ctypes.Structure):
-    """espeak_EVENT."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int),
-        ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
-        ("id", ctypes.c_char * 8),
-    )
-
-
-def speak_words(sentence, variant):
-    """A sentence at 16 kHz with half a second of noise before it, and where its words begin."""
-    library, rate, _, keep = espeak.load()
-    starts = []
-
-    def hear(wave, num_samples, events):
-        keep(wave, num_samples, None)
-        for event in iter_events(events):
-            if event.type == WORD:
-                starts.append(event.sample / rate)
-        return 0
-
-    callback = ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event)
-    )(hear)
-    library.espeak_SetSynthCallback(ctypes.cast(callback, espeak.SynthCallback))
-    try:
-        samples, _ = espeak.speak(sentence, variant=variant, words_per_minute=150, pitch=50)
-    finally:
-        library.espeak_SetSynthCallback(keep)
-    speech = soxr.resample(samples / 32768, rate, 16_000)
-    noise = 0.0005 * np.random.default_rng(0).standard_normal(24_000)
-    whole = np.concatenate([noise[:8_000], speech, noise[8_000:]]).astype(np.float32)
-    return whole, [start + 0.5 for start in starts]
-
-
-def iter_events(events):
-    index = 0
-    while events and events[index].type != END_OF_LIST:
-        yield events[index]
-        index += 1
-
-
-def start_errors(model, tokenizer, spoken, margin, mode):
-    """Seconds between where a word is aligned and where espeak-ng began it."""
-    errors, prompt = [], labels.prompt(tokenizer, "mr", "transcribe")
-    heads = alignment.configured_heads(model)
-    for sentence, stretch, starts in spoken:
-        window = windows.decode_window(stretch.seconds, mode, margin)
-        waves = torch.zeros(1, window * SAMPLES_PER_POSITION, dtype=torch.int16)
-        waves[0, : len(stretch.samples)] = torch.from_numpy(stretch.samples)
-        tokens = tokenizer(sentence, add_special_tokens=False).input_ids
-        [(_, states)] = decoding.encode_windows(model, waves, [window])
-        text = alignment.Text(prompt, tokens, windows.positions(stretch.seconds))
-        [aligned] = alignment.align(model, states, [text], heads)
-        words = split_words(tokenizer, tokens, "mr")
-        times = [
-            max(stretch.start + aligned.starts[word.start], stretch.speech_start) for word in words
-        ]
-        errors += [time - start for time, start in zip(times, starts, strict=True)]
-    return np.abs(errors)
-
-
 def test_words_start_where_espeak_began_them():
     """Mean 20 ms, 95 % below 100 ms; the natural window no worse than 30 seconds."""
     sentences = (launch.ROOT / "demo" / "sentences_mr.txt").read_text(encoding="utf-8").splitlines()
     vad, spoken = load_vad(), []
     for index, sentence in enumerate(sentences[-20:]):
-        samples, starts = speak_words(sentence, ("m6", "f3", "m5", "f5")[index % 4])
+        samples, starts = word_times.speak_words(sentence, ("m6", "f3", "m5", "f5")[index % 4])
         stretches = list(find_stretches([samples], vad))
         if len(starts) == len(sentence.split()) and len(stretches) == 1:
-            spoken.append((sentence, stretches[0], starts))
+            spoken.append(word_times.Spoken(sentence, stretches[0], starts))
     assert len(spoken) >= 15
-    tokenizer = labels.load_tokenizer(str(BASE))
-    model = predictions.load_for_decoding(
-        str(BASE), str(ADAPTER), dtype=torch.float32, device=torch.device("cpu")
-    )
-    whisper.complete_generation_config(model, tokenizer)
-    natural = start_errors(model, tokenizer, spoken, windows.TRAINED, "natural")
-    full = start_errors(model, tokenizer, spoken, windows.TRAINED, "full")
+    system = load_system(
+        str(BASE), str(ADAPTER), labels.load_tokenizer(str(BASE)),
+        open_accelerator(precision="fp32", timeout_minutes=10.0), window_mode="natural",
+        dtype=torch.float32,
+    )  # fmt: skip
+    natural = word_times.start_errors(system, spoken, "mr")
+    full = word_times.start_errors(replace(system, window_mode="full"), spoken, "mr")
     figures = f"natural {natural.mean():.4f} s, full {full.mean():.4f} s, {len(natural)} words"
     print(figures, (natural < 0.1).mean())
     assert natural.mean() <= 0.020, figures
