@@ -76,8 +76,9 @@ def train(config: Config, tune: str, name: str, port: int, output: Path) -> dict
     while any(child.poll() is None for child in running):
         before = time.monotonic()
         if before >= due:
+            used = time.process_time()
             peak = max(peak, sum(process.tree_bytes(child.pid) for child in running))
-            cost = time.monotonic() - before
+            cost = time.process_time() - used
             due = before + max(process.SAMPLE_SECONDS, cost / process.MAX_SAMPLING)
         steps = len(losses(output))
         if steps and steps not in sent:

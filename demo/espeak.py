@@ -120,7 +120,7 @@ def speak(
 
 
 def speak_words(
-    sentence: str, *, variant: str, language: str = LANGUAGE
+    sentence: str, *, variant: str, language: str = LANGUAGE, words_per_minute: int = 150
 ) -> tuple[np.ndarray, list[float]]:
     """A sentence after half a second of noise, before a second of it, and when its words begin.
 
@@ -141,8 +141,9 @@ def speak_words(
     library.espeak_SetSynthCallback(ctypes.cast(callback, SynthCallback))
     try:
         samples, _ = speak(
-            sentence, variant=variant, words_per_minute=150, pitch=50, language=language
-        )
+            sentence, variant=variant, words_per_minute=words_per_minute, pitch=50,
+            language=language,
+        )  # fmt: skip
     finally:
         library.espeak_SetSynthCallback(keep)
     speech = soxr.resample(samples / 32768, rate, 16_000)

@@ -25,12 +25,14 @@ from benchmarks import (
     engines,
     flops,
     kill_resume,
+    long_recordings,
     process,
     scaling,
     simulated_memory,
     time_to_quality,
     transcription,
     versus_recipe,
+    word_times,
 )
 from common import audio, cli, whisper
 from common.prepared import column, label_lengths, load_prepared
@@ -43,6 +45,8 @@ BENCHMARKS = {
     "simulated_memory": simulated_memory,
     "time_to_quality": time_to_quality,
     "transcription": transcription,
+    "long_recordings": long_recordings,
+    "word_times": word_times,
 }
 
 
@@ -222,6 +226,47 @@ def test_every_axis_is_measured_and_plotted(checkpoint, prepared, tmp_path, fork
         assert point["clips_per_second"] > 0 and point["peak_memory_gib"] > 0.1, point
     assert (output / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert not (output / "work").exists()
+
+
+def test_rows_of_a_manifest_are_judged_by_the_clips_that_they_overlap(tmp_path):
+    clips = [
+        long_recordings.Clip("00", start, start + 4.0, text)
+        for start, text in ((0.5, "a b"), (6.0, "c d e"), (12.0, "f"), (18.0, "g h"))
+    ]
+    rows = [  # whole; a word of another clip, and one lacks; half of one; none of the last
+        {"start": 0.3, "end": 4.6, "text": "a b", "match": 1.0, "speaker": "00"},
+        {"start": 5.9, "end": 10.0, "text": "c d f", "match": 0.7, "speaker": "00"},
+        {"start": 12.0, "end": 14.0, "text": "f", "match": 0.9, "speaker": "00"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    figures = long_recordings.judge(file, clips, clips)
+    assert (figures["clips"], figures["words"], figures["foreign_words"]) == (1, 6, 1)
+    assert figures["lacking_words"] == 1 and figures["lowest_match"] == 0.7
+    assert figures["seconds"] == pytest.approx(4 + 4 + 2)
+    assert figures["most_cut_off"] == pytest.approx(2.0)
+
+
+@pytest.mark.slow
+def test_long_recordings_are_scored_beside_their_clips(checkpoint, prepared, tmp_path, forked):
+    """Tones hold no speech, so nothing is recovered, and nothing is made up."""
+    pytest.importorskip("silero_vad", reason="requirements-export.txt")
+    config = long_recordings.Config(
+        str(prepared), str(checkpoint), minutes=0.2, changed=2, output_dir=str(tmp_path / "long")
+    )
+    long_recordings.main(config)
+    figures = json.loads((tmp_path / "long" / "long_recordings.json").read_text(encoding="utf-8"))
+    assert figures["recordings"] >= 2
+    assert figures["wer"]["long recordings"]["raw"]["wer"] == 100.0
+    assert figures["align"]["of all clips"]["known_clips"] == 7
+    assert figures["align"]["changed"]["known_clips"] == 5
+    assert {own["rows"] for own in figures["align"].values()} == {0}
+    texts = [
+        "".join(file.read_text() for file in sorted((tmp_path / "long" / name).glob("*.txt")))
+        for name in ("texts", "changed_texts")
+    ]
+    lines = [text.splitlines() for text in texts]
+    assert len(lines[0]) == len(lines[1]) == 7
 
 
 @pytest.mark.slow

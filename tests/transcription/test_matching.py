@@ -247,6 +247,13 @@ def test_a_text_of_other_speech_gives_no_clips(paragraphs, errors):
     assert sum(map(len, cut.left_out.values())) == len(speech)
 
 
+def test_a_recording_without_speech_or_without_a_recognized_word_gives_no_clips(paragraphs):
+    assert cut_clips([], written(paragraphs), min_match=0.5) == text_clips.Cut()
+    speech = [Speech(0.0, 2.0, ""), Speech(3.0, 5.0, "")]
+    cut = cut_clips(speech, written(paragraphs), min_match=0.5)
+    assert cut == text_clips.Cut([], {text_clips.NO_TEXT: [0, 1]})
+
+
 def test_shuffled_paragraphs_are_left_out(paragraphs):
     """What is in the order of the recording is kept."""
     order = [3, 0, 6, 1, 7, 4, 2, 5]
