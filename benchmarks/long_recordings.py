@@ -29,7 +29,7 @@ from common.provenance import describe_run
 
 PAUSES = (0.3, 2.0)  # seconds
 PAUSE_LEVEL = -70.0  # dBFS of the noise in them
-COVERED = 0.8  # share of a clip's speech, so measured, in rows: a click may lie beside the speech
+COVERED = 0.95  # share of a clip's speech, so measured, in rows
 LOUD_BELOW = 35.0  # dB below a clip's loud frames that its speech begins and ends at
 
 
