@@ -34,8 +34,8 @@ def text(form: str, source: str, weights: str, margin: int, *, is_natural: bool)
     """
     trained = (
         "The model was trained on windows that follow the speech, and on some of 30 seconds.\n"
-        f"It is at its best where the window ends {margin * 20} ms after the speech, rounded up to "
-        f"640 ms.\n{NATURAL[form]} {PADDED[form]}"
+        f"It is scored at windows that end {margin * 20} ms after the speech, in steps of 640 ms.\n"
+        f"{NATURAL[form]}\n{PADDED[form]}"
         if is_natural
         else f"The model was trained on windows of 30 seconds, whatever the speech.\n{PADDED[form]}"
     )

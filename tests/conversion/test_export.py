@@ -152,7 +152,7 @@ def test_the_bytes_depend_on_the_inputs_alone(exported, options, tmp_path):
 def test_each_export_says_at_which_window_it_is_decoded(exported):
     for name in FOLDERS:
         text = (exported / name / "README.md").read_text(encoding="utf-8")
-        assert "ends 640 ms after the speech" in text
+        assert "end 640 ms after the speech" in text
         assert re.search(r"pads? every clip to 30 seconds", text)
     padded = notes.text("hf", "m", "float32", 128, is_natural=False)
     assert "trained on windows of 30 seconds" in padded
