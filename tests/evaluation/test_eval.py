@@ -209,10 +209,10 @@ def test_a_clip_that_loops_or_is_cut_off_at_its_window_is_decoded_once_more_at_3
 ):
     passes, once = [], predictions._transcribe_once
 
-    def remember(model, tokenizer, dataset, batches, options):
-        found = once(model, tokenizer, dataset, batches, options)
-        passes.append((batches, dict(found)))
-        return found
+    def remember(model, tokenizer, dataset, batches, *others):
+        attempts = once(model, tokenizer, dataset, batches, *others)
+        passes.append((batches, dict(attempts)))
+        return attempts
 
     monkeypatch.setattr(predictions, "_transcribe_once", remember)
     result = evaluate(options | ending)["base"]
