@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from common import audio, labels, whisper
 from common.audio import SAMPLES_PER_POSITION
 from common.cli import UserError, first_line
-from common.decoding import Decoded
+from common.decoding import Decoded, group_windows
 from common.whisper import ENCODED_SAMPLES
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ def encode_windows(
     where they are used.
     """
     groups = []
-    for window in sorted(set(windows)):
-        rows = [row for row, own in enumerate(windows) if own == window]
+    for window, rows in group_windows(windows):
         own = waves[rows, : window * SAMPLES_PER_POSITION]
         is_mistaken = window == model.engine.n_mels
         groups.append((rows, features(model, own) if is_mistaken else encode(model, own)))

@@ -159,11 +159,22 @@ def encode_windows(
     model: WhisperForConditionalGeneration, waves: torch.Tensor, windows: Sequence[int]
 ) -> list[tuple[list[int], torch.Tensor]]:
     """Encode clips of equal windows together: their rows, and their states (rows, C, D)."""
-    groups = []
-    for window in sorted(set(windows)):
-        rows = [row for row, own in enumerate(windows) if own == window]
-        groups.append((rows, encode(model, waves[rows, : window * SAMPLES_PER_POSITION])))
-    return groups
+    return [
+        (rows, encode(model, waves[rows, : window * SAMPLES_PER_POSITION]))
+        for window, rows in group_windows(windows)
+    ]
+
+
+def group_windows(windows: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """The rows of each window, shortest window first.
+
+    >>> group_windows([32, 64, 32])
+    [(32, [0, 2]), (64, [1])]
+    """
+    return [
+        (window, [row for row, own in enumerate(windows) if own == window])
+        for window in sorted(set(windows))
+    ]
 
 
 def loops(tokens: Sequence[int]) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,9 +275,9 @@ def _script_options(job: TrainingJob, options: Any) -> Iterator[Rule]:
     prefix, data = PREFIXES[type(job)], f"--{INPUTS[type(job)]}"
     instead = {"data_dir": data, "adapter": "--adapter_s3"}
     given = changed(options)
-    for key in ("data_dir", "output_dir", "cache_dir", "adapter"):
-        remedy = f"give {instead[key]} instead" if key in instead else "leave it out"
-        yield key in given, f"--{prefix}.{key} {given.get(key)}: is set by the job: {remedy}"
+    yield from _set_by_job(
+        given, prefix, ("data_dir", "output_dir", "cache_dir", "adapter"), instead
+    )
     yield (
         "also" in given,
         f"--{prefix}.also {given.get('also')}: a job has the data of {data} alone: leave it out, "
@@ -287,6 +287,15 @@ def _script_options(job: TrainingJob, options: Any) -> Iterator[Rule]:
         "model" in given and bool(job.model_s3),
         f"--{prefix}.model {given.get('model')}: --model_s3 names another: keep one",
     )
+
+
+def _set_by_job(
+    given: dict[str, str], prefix: str, keys: Sequence[str], instead: dict[str, str]
+) -> Iterator[Rule]:
+    """Options of a script that only the job may set, and the job's own options for them."""
+    for key in keys:
+        remedy = f"give {instead[key]} instead" if key in instead else "leave it out"
+        yield key in given, f"--{prefix}.{key} {given.get(key)}: is set by the job: {remedy}"
 
 
 def _preparation(job: Prepare, options: Any) -> Iterator[Rule]:
@@ -300,8 +309,7 @@ def _preparation(job: Prepare, options: Any) -> Iterator[Rule]:
         "--network_isolation true: preprocess.py copies the dataset to S3 itself: leave it out",
     )
     given = changed(options)
-    for key in ("source", "output_dir", "s3_uri"):
-        yield key in given, f"--prepare.{key} {given.get(key)}: is set by the job: leave it out"
+    yield from _set_by_job(given, "prepare", ("source", "output_dir", "s3_uri"), {})
     inside = f"{PROCESSING}/input/source/"  # all that the job can read
     yield (
         not given.get("exclude", inside).startswith(inside),
@@ -322,9 +330,8 @@ def _transcription(job: Transcribe, options: Any) -> Iterator[Rule]:
     )
     given = changed(options)
     instead = {"audio": "--audio_s3", "adapter": "--adapter_s3"}
-    for key in ("audio", "adapter", "output_dir", "manifest"):
-        remedy = f"give {instead[key]} instead" if key in instead else "leave it out"
-        yield key in given, f"--transcribe.{key} {given.get(key)}: is set by the job: {remedy}"
+    keys = ("audio", "adapter", "output_dir", "manifest")
+    yield from _set_by_job(given, "transcribe", keys, instead)
     yield (
         "model" in given and bool(job.model_s3),
         f"--transcribe.model {given.get('model')}: --model_s3 names another: keep one",
