@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, files
+from conversion.hf import tokenizer_config
 
 END_OF_TEXT = 50257  # the first id after the 50,257 byte-level BPE tokens
 EMPTY_TOKEN = 50256  # GPT-2's own <|endoftext|>, unused and named "" in the multilingual vocabulary
@@ -114,21 +115,7 @@ def write_tokenizer(
     )
     files.write_json(output_dir / "added_tokens.json", added_ids, indent=0)
     files.write_json(output_dir / "special_tokens_map.json", special_tokens, indent=1)
-    settings = {
-        "tokenizer_class": "WhisperTokenizer",
-        "processor_class": "WhisperProcessor",
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "model_max_length": 1024,
-        "return_attention_mask": False,
-        "added_tokens_decoder": {
-            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-            for token in added_tokens
-        },
-        **special_tokens,
-    }
+    settings = tokenizer_config({token["id"]: token for token in added_tokens}) | special_tokens
     files.write_json(output_dir / "tokenizer_config.json", settings, indent=1)
 
 
