@@ -4,6 +4,8 @@ RUN := .venv/bin
 DEMO := demo_run
 HUB_ID :=
 SMALL :=
+# Else every process would compile again what it imports: some 5,000 modules.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint
 
