@@ -4,8 +4,17 @@
         --output_dir versus
 
 Both prepare, train an adapter of the same shape on the same number of clips and score it on the
-test split, one after the other, in alternating order, `--repeats` times. Prints a table of medians
-and writes OUTPUT_DIR/versus_recipe.json with every single figure.
+test split, one after the other, in alternating order, `--repeats` times, each with another seed.
+
+Then, with each seed, time to the same error rate: ours trains `--quality_clips` of the clips, from
+the fewest on, each number a run of its own whose learning rate decays to zero, with train_lora.py's
+defaults but for `--quality_batch_size`, until its raw word error rate at the natural window and at
+30 seconds is no higher than the recipe's after its epoch. Loading, validation and scoring are not
+counted on either side. Both sides are scored on the test split, so a number of clips is not chosen
+by this benchmark but found by it.
+
+Prints tables and writes OUTPUT_DIR/versus_recipe.json with every single figure, anew after each
+seed, and time_to_quality.png.
 """
 
 import json
@@ -21,7 +30,7 @@ import soundfile
 import torch
 from transformers import AutoConfig, WhisperConfig
 
-from benchmarks import baseline, flops, process
+from benchmarks import baseline, flops, process, versus_tables
 from common import batching, cli, metrics
 from common.files import write_json, write_text
 from common.prepared import column, label_lengths, load_prepared
@@ -29,21 +38,7 @@ from common.provenance import describe_run
 from common.windows import FULL_WINDOW, POSITIONS_PER_SECOND, WindowMode, positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIDES = ("recipe", "ours")
-STAGES = {  # what is compared: the recipe's stage and ours
-    "prepare": ("prepare", "prepare"),
-    "train": ("train", "train"),
-    "train decoder only, encoder cached": ("train", "cached_train"),
-    "evaluate": ("evaluate", "evaluate"),
-    "evaluate at 30 seconds": ("evaluate", "evaluate_full"),
-}
-SCORED = {  # adapter and window: side and stage
-    "recipe, 30 s": ("recipe", "evaluate"),
-    "ours, 30 s": ("ours", "evaluate_full"),
-    "ours, natural": ("ours", "evaluate"),
-    "ours decoder only, 30 s": ("ours", "cached_evaluate_full"),
-    "ours decoder only, natural": ("ours", "cached_evaluate"),
-}
+STAGE_OF = {"natural": "evaluate", "full": "evaluate_full"}  # of the window that ours is scored at
 
 
 @dataclass
@@ -61,6 +56,8 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto takes the faster on this machine
     context: WindowMode = "auto"  # our window in training; the recipe's is always full
     max_seconds: float = 30.0  # longer clips are left out on both sides
+    quality_clips: str = "96,128,160,256,523"  # until ours is as good; empty leaves this out
+    quality_batch_size: int = 4  # clips per step of those runs
 
 
 def scores(references: list[str], hypotheses: list[str]) -> dict[str, float]:
@@ -147,6 +144,31 @@ def our_stages(config: Config, work: Path, precision: str, seed: int) -> dict[st
     return stages | {f"cached_{stage}": figures for stage, figures in cached.items()}
 
 
+def until_as_good(
+    config: Config, work: Path, data: Path, precision: str, seed: int, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """Train ours on more and more clips until it is as good as the recipe; figures of each run."""
+    work.mkdir()
+    recipe = recipe["train"] | {"scores": recipe["evaluate"]["scores"]}
+    runs: list[dict[str, Any]] = []
+    for clips in sorted(int(number) for number in config.quality_clips.split(",")):
+        options = [
+            "--global_batch_size", config.quality_batch_size,
+            "--max_steps", max(1, round(clips / config.quality_batch_size)),
+            "--precision", precision, "--learning_rate", config.learning_rate, "--seed", seed,
+        ]  # fmt: skip
+        stages = our_training(config.model, work / str(clips), data, precision, options)
+        run = {name: stages["train"][name] for name in ("clips", "steps", "seconds")}
+        run |= {window: stages[STAGE_OF[window]]["scores"] for window in versus_tables.WINDOWS}
+        runs.append(run)
+        print(f"seed {seed}, ours: {json.dumps(run)}", flush=True)
+        if versus_tables.is_as_good(run, recipe):
+            break
+    reached = runs[-1]["seconds"] if versus_tables.is_as_good(runs[-1], recipe) else None
+    ratio = reached and recipe["seconds"] / reached
+    return {"seed": seed, "recipe": recipe, "ours": runs, "seconds": reached, "ratio": ratio}
+
+
 def run_preprocess(
     source: str, language: str, model: str, data: Path, log: Path
 ) -> process.Measured:
@@ -176,7 +198,7 @@ def our_training(
             baseline.NUM_WORKERS, *options,
         ],
     }  # fmt: skip
-    for window in ("natural", "full"):
+    for window in STAGE_OF:
         commands[window] = [
             "eval_wer.py", "--model", model, "--adapter", run / "adapter", "--data_dir",
             data, "--context", window, "--precision", precision, "--output_dir", run / window,
@@ -196,7 +218,7 @@ def our_training(
     stages["train"] |= {
         name: record[name] for name in ("first_step_seconds", "encoder_cache_seconds")
     }
-    for window in ("natural", "full"):
+    for window in STAGE_OF:
         record = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
         rates = record["normalisers"]["raw"]
         stages[window] |= {
@@ -206,11 +228,7 @@ def our_training(
             "clips_decoded_again": record["clips_decoded_again"],
             "scores": {"wer": rates["wer"], "cer": rates["cer"]},
         }
-    return {
-        "train": stages["train"],
-        "evaluate": stages["natural"],
-        "evaluate_full": stages["full"],
-    }
+    return {STAGE_OF.get(name, name): figures for name, figures in stages.items()}
 
 
 def prepared_clips(data: Path) -> int:
@@ -238,7 +256,18 @@ def training_speed(journal: Path, batch_size: int, data: Path) -> dict[str, Any]
 # ------ what was computed
 
 
-def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int) -> dict[str, Any]:
+def mean_seconds(data: Path) -> dict[str, float]:
+    """Mean duration of the clips of each stage."""
+    splits, _ = load_prepared(str(data))
+    every = [float(length) for split in splits.values() for length in column(split, "seconds")]
+    return {
+        "prepare": statistics.mean(every),
+        "train": float(column(splits["train"], "seconds").mean()),
+        "evaluate": float(column(splits["test"], "seconds").mean()),
+    }
+
+
+def training_work(config: Config, data: Path, whisper: WhisperConfig) -> dict[str, Any]:
     """Operations and padding of an epoch's training on each side, by formula."""
     train = load_prepared(str(data))[0]["train"]
     seconds, lengths = column(train, "seconds"), label_lengths(train) - 1
@@ -246,7 +275,7 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
     plan = batching.plan(
         seconds,
         global_batch_size=baseline.BATCH_SIZE,
-        seed=seed,
+        seed=config.seed,
         epoch=0,
         window_mode=config.context,
     )
@@ -275,103 +304,6 @@ def training_work(config: Config, data: Path, whisper: WhisperConfig, seed: int)
     }
 
 
-# ------ tables
-
-
-def medians(runs: list[dict[str, Any]], stage: str) -> dict[str, float]:
-    """Median, least and most clips a second, and the median peak memory."""
-    speeds = [_speed(run[stage]) for run in runs]
-    return {
-        "clips_per_second": statistics.median(speeds),
-        "least": min(speeds),
-        "most": max(speeds),
-        "peak_memory_gib": statistics.median(run[stage]["peak_memory_gib"] for run in runs),
-    }
-
-
-def _speed(stage: dict[str, Any]) -> float:
-    return stage["clips"] / stage["seconds"]
-
-
-def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Medians of each stage and side, and ratios: above 1 is better than the recipe."""
-    compared: dict[str, Any] = {}
-    runs = results["runs"]
-    for stage, (theirs, ours) in STAGES.items():
-        sides = {"recipe": medians(runs["recipe"], theirs), "ours": medians(runs["ours"], ours)}
-        for side in sides.values():
-            side["audio_seconds_per_second"] = (
-                side["clips_per_second"] * results["seconds_per_clip"][theirs]
-            )
-        pairs = zip(runs["recipe"], runs["ours"], strict=True)
-        ratios = [_speed(b[ours]) / _speed(a[theirs]) for a, b in pairs]
-        compared[stage] = sides | {
-            "ratio": statistics.median(ratios),
-            "ratios": ratios,
-            "memory_ratio": sides["recipe"]["peak_memory_gib"] / sides["ours"]["peak_memory_gib"],
-        }
-    for side, figures in results["work"].items():
-        speed = compared["train"][side]["clips_per_second"]
-        used = speed * figures["flop_per_clip"]
-        compared["train"][side] |= figures | {
-            "gflop_per_second": used / 1e9,
-            "share_of_gemm_peak": used / results["gemm_flop_per_second"],
-        }
-    sizes = {side: runs[side][0]["prepare"]["bytes"] for side in SIDES}
-    compared["disk"] = sizes | {"ratio": sizes["recipe"] / sizes["ours"]}
-    compared["scores"] = {
-        name: [run[stage]["scores"] for run in runs[side]] for name, (side, stage) in SCORED.items()
-    }
-    return compared
-
-
-def table(compared: dict[str, Any], gemm: float, precision: str) -> str:
-    """The summary for people, in Markdown."""
-    lines = [
-        "| | recipe | ours | ratio |",
-        "|---|---|---|---|",
-    ]
-    for stage in STAGES:
-        row = compared[stage]
-        cells = [
-            f"{row[side]['clips_per_second']:.2f} ({row[side]['least']:.2f}-"
-            f"{row[side]['most']:.2f}), {row[side]['audio_seconds_per_second']:.1f} s/s"
-            for side in SIDES
-        ]
-        lines.append(f"| {stage}, clips/s | {cells[0]} | {cells[1]} | {row['ratio']:.2f} |")
-        memory = [f"{row[side]['peak_memory_gib']:.2f} GiB" for side in SIDES]
-        lines.append(
-            f"| {stage}, peak memory | {memory[0]} | {memory[1]} | {row['memory_ratio']:.2f} |"
-        )
-    disk = compared["disk"]
-    lines.append(
-        f"| disk | {disk['recipe'] / 1e6:.1f} MB | {disk['ours'] / 1e6:.1f} MB "
-        f"| {disk['ratio']:.1f} |"
-    )
-    train = compared["train"]
-    for name, form in (
-        ("encoder_padding_share", "{:.1%}"),
-        ("bucket_padding_share", "{:.1%}"),
-        ("gflop_per_second", "{:.0f}"),
-        ("share_of_gemm_peak", "{:.1%}"),
-    ):
-        cells = [form.format(train[side][name]) for side in SIDES]
-        lines.append(f"| train, {name.replace('_', ' ')} | {cells[0]} | {cells[1]} | |")
-    lines += ["", "| adapter, window | WER, each seed | mean | CER, each seed | mean |"]
-    lines.append("|---|---|---|---|---|")
-    for name, seeds in compared["scores"].items():
-        cells = []
-        for rate in ("wer", "cer"):
-            values = [rates[rate] for rates in seeds]
-            cells += [
-                ", ".join(f"{value:.1f}" for value in values),
-                f"{statistics.mean(values):.1f}",
-            ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(f"\nGEMM peak {gemm / 1e9:.0f} GFLOP/s in {precision}.")
-    return "\n".join(lines)
-
-
 # ------ main
 
 
@@ -386,35 +318,35 @@ def main(config: Config) -> None:
     precision = config.precision if config.precision != "auto" else max(peaks, key=peaks.get)
     print(f"GEMM: {peaks}; both sides compute in {precision}", flush=True)
 
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in versus_tables.SIDES}
+    qualities: list[dict[str, Any]] = []
     for repeat in range(config.repeats):
-        for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
+        seed = config.seed + repeat
+        for side in versus_tables.SIDES if repeat % 2 == 0 else versus_tables.SIDES[::-1]:
             stages = baseline_stages if side == "recipe" else our_stages
             work = output / f"{side}_{repeat}"
-            runs[side].append(stages(config, work, precision, seed=config.seed + repeat))
+            runs[side].append(stages(config, work, precision, seed))
             print(f"repeat {repeat}, {side}: {json.dumps(runs[side][-1])}", flush=True)
             if side == "recipe":  # hundreds of megabytes
                 shutil.rmtree(work / "data")
-    data = output / "ours_0" / "data"
-    splits, _ = load_prepared(str(data))
-    every = [float(length) for split in splits.values() for length in column(split, "seconds")]
-    results = {
-        "runs": runs,
-        "gemm_flop_per_second": peaks[precision],
-        "gemm_peaks": peaks,
-        "precision": precision,
-        "work": training_work(
-            config, data, AutoConfig.from_pretrained(config.model), seed=config.seed
-        ),
-        "seconds_per_clip": {
-            "prepare": statistics.mean(every),
-            "train": float(column(splits["train"], "seconds").mean()),
-            "evaluate": float(column(splits["test"], "seconds").mean()),
-        },
-    } | describe_run(config)
-    compared = summary(results)
-    write_json(output / "versus_recipe.json", results | {"summary": compared})
-    print(table(compared, peaks[precision], precision))
+        data = output / "ours_0" / "data"
+        if config.quality_clips:
+            work, recipe = output / f"quality_{repeat}", runs["recipe"][-1]
+            qualities.append(until_as_good(config, work, data, precision, seed, recipe))
+            versus_tables.plot_quality(qualities, output / "time_to_quality.png")
+        results = {
+            "runs": runs,
+            "time_to_quality": qualities,
+            "gemm_flop_per_second": peaks[precision],
+            "gemm_peaks": peaks,
+            "precision": precision,
+            "work": training_work(config, data, AutoConfig.from_pretrained(config.model)),
+            "seconds_per_clip": mean_seconds(data),
+        } | describe_run(config)
+        compared = versus_tables.summary(results)
+        write_json(output / "versus_recipe.json", results | {"summary": compared})
+        print(versus_tables.table(compared, peaks[precision], precision))
+        print(versus_tables.quality_table(qualities), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from benchmarks import (
     process,
     scaling,
     simulated_memory,
-    time_to_quality,
     transcription,
     versus_recipe,
+    versus_tables,
     word_times,
 )
 from common import audio, cli, whisper
@@ -43,7 +43,6 @@ BENCHMARKS = {
     "engines": engines,
     "kill_resume": kill_resume,
     "simulated_memory": simulated_memory,
-    "time_to_quality": time_to_quality,
     "transcription": transcription,
     "long_recordings": long_recordings,
     "word_times": word_times,
@@ -129,11 +128,11 @@ def test_both_sides_run_and_every_figure_is_written(checkpoint, tmp_path, forked
     source, output = common_voice(tmp_path / "source"), tmp_path / "versus"
     options = {"data_dir": str(source), "model": str(checkpoint), "output_dir": str(output)}
     config = versus_recipe.Config(
-        **options, language="mr", repeats=1, max_steps=2, precision="fp32"
+        **options, language="mr", repeats=1, max_steps=2, precision="fp32", quality_clips="8,4"
     )
     versus_recipe.main(config)
     found = json.loads((output / "versus_recipe.json").read_text(encoding="utf-8"))
-    for side in versus_recipe.SIDES:
+    for side in versus_tables.SIDES:
         run = found["runs"][side][0]
         assert run["train"]["clips"] == 16, side
         assert run["evaluate"]["clips"] == 4, side
@@ -146,25 +145,14 @@ def test_both_sides_run_and_every_figure_is_written(checkpoint, tmp_path, forked
     assert found["runs"]["recipe"][0]["prepare"]["clips"] == 20, "training and test clips"
     assert found["summary"]["disk"]["ratio"] > 5
     assert found["work"]["ours"]["bucket_padding_share"] < 0.5
+    (quality,) = found["time_to_quality"]
+    good = [versus_tables.is_as_good(run, quality["recipe"]) for run in quality["ours"]]
+    assert [run["clips"] for run in quality["ours"]] == [4, 8][: len(good)], "the fewest first"
+    assert not any(good[:-1]) and (good[-1] or len(good) == 2), "ends when it is as good"
+    assert all(run["seconds"] > 0 for run in (quality["recipe"], *quality["ours"]))
+    assert (output / "time_to_quality.png").stat().st_size > 1000
     with pytest.raises(cli.UserError, match=r"--output_dir .* exists"):
         versus_recipe.main(config)
-
-
-@pytest.mark.slow
-def test_time_to_quality_ends_at_the_first_run_that_is_as_good(checkpoint, tmp_path, forked):
-    source, output = common_voice(tmp_path / "source"), tmp_path / "quality"
-    config = time_to_quality.Config(
-        data_dir=str(source), model=str(checkpoint), output_dir=str(output), language="mr",
-        seeds="1", clips="8,4", max_steps=1,
-    )  # fmt: skip
-    time_to_quality.main(config)
-    (one,) = json.loads((output / "time_to_quality.json").read_text(encoding="utf-8"))["seeds"]
-    recipe, ours = one["recipe"], one["ours"]
-    good = [time_to_quality.is_as_good(run, recipe) for run in ours]
-    assert [run["clips"] for run in ours] == [4, 8][: len(ours)], "the fewest clips first"
-    assert not any(good[:-1]) and (good[-1] or len(ours) == 2)
-    assert all(run["seconds"] > 0 for run in (recipe, *ours))
-    assert (output / "time_to_quality.png").stat().st_size > 1000
 
 
 def test_as_good_means_at_both_windows_and_no_ratio_is_given_otherwise():
@@ -173,12 +161,12 @@ def test_as_good_means_at_both_windows_and_no_ratio_is_given_otherwise():
         {"clips": 2, "seconds": 5.0, "natural": {"wer": 40.0}, "full": {"wer": 50.1}},
         {"clips": 4, "seconds": 10.0, "natural": {"wer": 49.0}, "full": {"wer": 50.0}},
     ]
-    assert [time_to_quality.is_as_good(run, recipe) for run in runs] == [False, True]
+    assert [versus_tables.is_as_good(run, recipe) for run in runs] == [False, True]
     both = [
         {"seed": 1, "recipe": recipe, "ours": runs, "seconds": 10.0, "ratio": 10.0},
         {"seed": 2, "recipe": recipe, "ours": runs[:1], "seconds": None, "ratio": None},
     ]
-    lines = time_to_quality.table(both).splitlines()
+    lines = versus_tables.quality_table(both).splitlines()
     assert [line.split(" | ")[-1] for line in lines[2:7]] == [
         "|", "not as good |", "10.0 |", "|", "not as good |"
     ]  # fmt: skip
