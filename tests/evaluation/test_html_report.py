@@ -416,14 +416,15 @@ def fresh(page):
 
 def ids(page):
     return page.evaluate(
-        "Array.from(document.querySelectorAll('#table tbody .id'), (id) => id.textContent)"
+        "Array.from(document.querySelectorAll('#table tbody th bdi:first-child'), "
+        "(id) => id.textContent)"
     )
 
 
 def values(page, column):
     return page.evaluate(
         f"Array.from(document.querySelectorAll('#table tbody tr'), "
-        f"(row) => parseFloat(row.cells[{column}].dataset.value))"
+        f"(row) => parseFloat(row.cells[{column}].textContent.replace('−', '-')))"
     )
 
 
@@ -526,11 +527,24 @@ def test_the_policy_stops_requests_and_scripts_that_the_report_was_not_written_w
     assert page.evaluate("window.ran") is None
 
 
+def mouse(page, kind, x, y):
+    page.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
 def test_a_dot_and_a_confusion_open_their_clips(fresh):
-    fresh.evaluate(
-        "document.querySelector(\"svg a[href='#clip-1']\").dispatchEvent("
-        "new MouseEvent('click', {bubbles: true, cancelable: true}))"
+    axes = charts.Axes((0.0, charts.DOTS_TO), (0.0, charts.DOTS_TO))
+    x, y = fresh.evaluate(
+        "(() => { const line = document.getElementById('dots'); line.scrollIntoView();"
+        f" const dot = new DOMPoint({axes.x(50.0)}, {axes.y(100.0)})"
+        ".matrixTransform(line.getScreenCTM()); return [dot.x, dot.y]; })()"
     )
+    mouse(fresh, "mouseMoved", x + 40, y)
+    assert fresh.evaluate("document.querySelector('svg a[href]')") is None, "no dot is there"
+    mouse(fresh, "mouseMoved", x, y)
+    title = fresh.evaluate("document.querySelector(\"svg a[href='#clip-1'] title\").textContent")
+    assert title == "two: WER base 50 %, WER adapter 100 %"
+    mouse(fresh, "mousePressed", x, y)
+    mouse(fresh, "mouseReleased", x, y)
     assert ids(fresh) == ["two"]
     assert fresh.evaluate("document.activeElement.id") == "clip-1"
     search(fresh, "")
@@ -599,7 +613,7 @@ def test_a_long_speaker_id_takes_one_line_and_no_heading_is_cut_inside_a_word(fr
 def test_urdu_runs_from_the_right_and_hindi_from_the_left(fresh):
     search(fresh, "four")
     directions = fresh.evaluate(
-        "Array.from(document.querySelectorAll('#table .text'), "
+        "Array.from(document.querySelectorAll('#table td bdi'), "
         "(text) => getComputedStyle(text).direction)"
     )
     assert directions[0] == "rtl"
