@@ -19,9 +19,13 @@ SVG = Markup('<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}
 LINE = Markup('<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
 TEXT = Markup('<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{text}</text>')
 POLYLINE = Markup('<polyline class="curve series{number}" points="{points}"/>')
-DOT = Markup(
-    '<a href="#clip-{index}" tabindex="-1"><circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4">'
-    "<title>{title}</title></circle></a>"
+# One element for all dots: markers at the points of a line that is not drawn. Of the last point
+# none is drawn: it is there twice. report.js shows the link on the dot below the pointer.
+DOTS = Markup(
+    '<marker id="dot" markerUnits="userSpaceOnUse" overflow="visible">'
+    '<circle class="dot" r="4"/></marker>'
+    '<path id="dots" marker-start="url(#dot)" marker-mid="url(#dot)" d="M{points}"/>'
+    '<a id="pointed" tabindex="-1"><circle class="dot" r="4"><title></title></circle></a>'
 )
 MARKERS = (  # one shape for each system, around (0, 0)
     "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
@@ -121,29 +125,27 @@ def svg(title: str, content: Markup) -> Markup:
 # ------ charts
 
 
-def dots(
-    clips: Sequence[tuple[int, str, float, float]], x_name: str, y_name: str
-) -> tuple[Markup, int]:
-    """WER of two systems, a dot for each clip, linked to its row.
+def dots(rates: Sequence[tuple[float, float]], x_name: str, y_name: str) -> tuple[Markup, int]:
+    """WER of two systems, a dot for each clip.
 
     Args:
-        clips: index, id, WER of the first and of the second system.
+        rates: WER of the first and of the second system for each clip, in the order of the rows.
 
     Returns:
         The chart, and the number of clips drawn at its edge.
     """
-    highest = max((max(first, second) for _, _, first, second in clips), default=DOTS_TO)
+    highest = max(map(max, rates), default=DOTS_TO)
     limit = min(DOTS_TO, rounded(0.0, highest or 1.0)[1])
     axes = Axes((0.0, limit), (0.0, limit))
     parts = [axes.frame(f"WER of {x_name}, %", f"WER of {y_name}, %")]
     end = {"x2": axes.x(limit), "y2": axes.y(limit)}
     parts.append(LINE.format(kind="equal", x1=axes.x(0), y1=axes.y(0), **end))
-    beyond = 0
-    for index, name, first, second in clips:
-        beyond += max(first, second) > limit
-        x, y = axes.x(min(first, limit)), axes.y(min(second, limit))
-        title = f"{name}: {x_name} {first:.0f} %, {y_name} {second:.0f} %"
-        parts.append(DOT.format(index=index, x=x, y=y, title=title))
+    places = [
+        f"{axes.x(min(first, limit)):.1f},{axes.y(min(second, limit)):.1f}"
+        for first, second in rates
+    ]
+    parts.append(DOTS.format(points=" ".join(places + places[-1:])))
+    beyond = sum(max(pair) > limit for pair in rates)
     return svg(f"{x_name} against {y_name}, a dot a clip", Markup().join(parts)), beyond
 
 

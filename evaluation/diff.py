@@ -4,6 +4,7 @@ What only the reference has is in `<del>`, what only the transcript has in `<ins
 sheet adds the signs - and +, so the difference is readable without color.
 """
 
+import unicodedata
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -11,8 +12,9 @@ from rapidfuzz.distance import Levenshtein
 
 from common.metrics import graphemes
 
-DELETED = Markup('<del dir="auto">{}</del>')  # a direction of its own: Urdu beside Hindi
-INSERTED = Markup('<ins dir="auto">{}</ins>')
+DELETED = Markup("<del{}>{}</del>")
+INSERTED = Markup("<ins{}>{}</ins>")
+OWN_DIRECTION = Markup(' dir="auto"')  # Urdu beside Hindi
 MARKED = Markup("<u>{}</u>")
 SPACE = Markup(" ")
 
@@ -35,9 +37,10 @@ def compare(reference: str, hypothesis: str) -> Diff:
     """Align the words of two texts; neighboring errors form a single deletion and insertion.
 
     >>> str(compare("a bc d", "a bx").html)
-    'a <del dir="auto">b<u>c</u> d</del> <ins dir="auto">b<u>x</u></ins>'
+    'a <del>b<u>c</u> d</del> <ins>b<u>x</u></ins>'
     """
     wanted, written = reference.split(), hypothesis.split()
+    direction = OWN_DIRECTION if has_right_to_left(reference + hypothesis) else ""
     pieces: list[Markup | str] = []
     deleted: list[Markup | str] = []
     inserted: list[Markup | str] = []
@@ -45,9 +48,9 @@ def compare(reference: str, hypothesis: str) -> Diff:
 
     def flush() -> None:
         if deleted:
-            pieces.append(DELETED.format(SPACE.join(deleted)))
+            pieces.append(DELETED.format(direction, SPACE.join(deleted)))
         if inserted:
-            pieces.append(INSERTED.format(SPACE.join(inserted)))
+            pieces.append(INSERTED.format(direction, SPACE.join(inserted)))
         deleted.clear()
         inserted.clear()
 
@@ -68,6 +71,10 @@ def compare(reference: str, hypothesis: str) -> Diff:
         inserted += new
     flush()
     return Diff(errors, len(wanted), SPACE.join(pieces))
+
+
+def has_right_to_left(text: str) -> bool:
+    return any(unicodedata.bidirectional(character) in ("R", "AL") for character in set(text))
 
 
 def compare_graphemes(old: str, new: str) -> tuple[Markup | str, Markup | str]:

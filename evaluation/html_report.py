@@ -9,6 +9,7 @@ import base64
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -324,12 +325,11 @@ def render(
     panel = panel_of(systems, invented)
     dots = None
     if len(names) > 1:
-        pairs = [
-            (clip.index, clip.id, clip.transcripts[0].diff.wer, clip.transcripts[-1].diff.wer)
-            for clip in clips
-        ]
+        pairs = [(clip.transcripts[0].diff.wer, clip.transcripts[-1].diff.wer) for clip in clips]
         dots = charts.dots(pairs, names[0], names[-1])
+    has_logprob = any(own.logprob is not None for clip in clips for own in clip.transcripts)
     parts = {name: read_part(f"report.{name}") for name in ("css", "js")}
+    parts["css"] += label_cells(names, has_logprob)
     parts["start"] = 'document.documentElement.className = "js";'  # before the table is laid out
     also = {name: (own, systems_of(own)) for name, own in results.get("also", {}).items()}
     examined = [(config["split"], systems), *((name, own) for name, (_, own) in also.items())]
@@ -351,7 +351,7 @@ def render(
             for name, own in systems.items()
             if own.get("logprob_error_correlation") is not None
         },
-        has_logprob=any(own.logprob is not None for clip in clips for own in clip.transcripts),
+        has_logprob=has_logprob,
         num_voices=sum(bool(clip.voice and clip.reference) for clip in (*clips, *invented)),
         dots=dots,
         durations=draw_durations(tables["duration"], names) if "duration" in tables else None,
@@ -375,6 +375,20 @@ def filters(systems: Sequence[str]) -> list[str]:
 
 def read_part(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def label_cells(systems: Sequence[str], has_logprob: bool) -> str:
+    """Style that names each cell of a clip on narrow screens, which show no headings of columns.
+
+    In the style sheet once: as attributes of each cell, labels were a tenth of the page.
+    """
+    labels = ["seconds", *(f"WER {name}" for name in systems)]
+    labels += ["change" if len(systems) > 1 else "errors"] + ["log-probability"] * has_logprob
+    rules = []
+    for number, label in enumerate(labels, start=2):
+        text = re.sub(r"[^\w -]", lambda match: f"\\{ord(match[0]):x} ", label)
+        rules.append(f'.clips td:nth-child({number}):not(:empty)::before {{ content: "{text} "; }}')
+    return "\n".join(["@media (max-width: 50rem) {", *rules, "}\n"])
 
 
 def content_hash(text: str) -> str:

@@ -1,23 +1,45 @@
 "use strict";
 // Rows are written by html_report.py; here they are only chosen, ordered and shown, a page at a time.
-const PAGE = 50; // rows with texts to lay out within a tenth of a second
+// Where scripts run, what <noscript> holds is text: a row becomes elements when it is shown.
+const PAGE = 50; // rows
+const source = document.getElementById("source");
+const [head, rows, foot] = source.textContent.split(/<\/?tbody>/); // other people's "<" is escaped
+source.insertAdjacentHTML("afterend", `${head}<tbody></tbody>${foot}`);
+source.remove();
+const parser = document.createElement("template");
 const table = document.getElementById("table");
 const body = table.tBodies[0];
 const headers = Array.from(table.tHead.rows[0].cells);
 const search = document.getElementById("search");
 const buttons = Array.from(document.querySelectorAll("[data-filter]"));
-const clips = Array.from(body.rows, (row) => ({
-  row,
-  tags: row.getAttribute("data-tags").split(" "),
-  keys: Array.from(row.cells, (cell, column) =>
-    column === 0 ? cell.firstChild.textContent : parseFloat(cell.getAttribute("data-value"))),
-  text: null,
-}));
-const byRow = new Map(clips.map((clip) => [clip.row.id, clip]));
+const clips = rows.split("<tr ").slice(1).map((row) => {
+  const [start, ...cells] = row.slice(0, row.indexOf("<div>")).split("<td>");
+  const [, id, tags, name] = /^id="(.*?)"(?: class="(.*?)")?><th><bdi>(.*?)<\/bdi>/s.exec(start);
+  const values = cells.map((cell) => parseFloat(cell.replace("−", "-")));
+  return { html: `<tr ${row}`, id, tags: tags ? tags.split(" ") : [], keys: [plain(name), ...values], row: null, text: null };
+});
+const byId = new Map(clips.map((clip) => [clip.id, clip]));
 let order = clips.slice();
 let filter = "";
 let shown = PAGE;
 let sorted = { column: -1, descending: false };
+
+// The text of some HTML.
+function plain(html) {
+  const text = html.replace(/<[^>]*>/g, "");
+  if (!text.includes("&")) return text;
+  parser.innerHTML = text;
+  return parser.content.textContent;
+}
+
+function rowOf(clip) {
+  if (clip.row === null) {
+    parser.innerHTML = clip.html;
+    clip.row = parser.content.firstChild;
+    clip.row.tabIndex = -1; // takes the focus when it is opened
+  }
+  return clip.row;
+}
 
 function normalise(text) {
   return text.normalize("NFC").toLowerCase().replace(/\s+/g, " ").trim();
@@ -26,9 +48,8 @@ function normalise(text) {
 // What can be searched: id, speaker, reference and transcripts, without what they lack.
 function textOf(clip) {
   if (clip.text === null) {
-    const parts = Array.from(clip.row.querySelectorAll("th bdi, .text"), (part) =>
-      Array.from(part.childNodes, (node) => node.nodeName === "DEL" ? "" : node.textContent).join(""));
-    clip.text = normalise(parts.join(" "));
+    const parts = clip.html.replace(/<del.*?<\/del>/gs, "").match(/<bdi.*?<\/bdi>/gs);
+    clip.text = normalise(plain(parts.join(" ")));
   }
   return clip.text;
 }
@@ -39,7 +60,7 @@ function show() {
   const pool = order.filter((clip) => clip.tags.includes("invented") === (filter === "invented"));
   const chosen = pool.filter((clip) =>
     (!filter || clip.tags.includes(filter)) && words.every((word) => textOf(clip).includes(word)));
-  body.replaceChildren(...chosen.slice(0, shown).map((clip) => clip.row));
+  body.replaceChildren(...chosen.slice(0, shown).map(rowOf));
   document.getElementById("status").textContent =
     `${chosen.length} of ${pool.length} clips` + (chosen.length > shown ? `, ${shown} shown` : "");
   document.getElementById("more").hidden = chosen.length <= shown;
@@ -82,12 +103,13 @@ function findClips(query, name = "") {
 }
 
 function openClip(id) {
-  const clip = byRow.get(id);
+  const clip = byId.get(id);
   if (!clip) return;
   findClips(clip.keys[0], clip.tags.includes("invented") ? "invented" : "");
-  if (!clip.row.isConnected) body.prepend(clip.row);
-  clip.row.scrollIntoView({ block: "center" });
-  clip.row.focus();
+  const row = rowOf(clip);
+  if (!row.isConnected) body.prepend(row);
+  row.scrollIntoView({ block: "center" });
+  row.focus();
 }
 
 headers.forEach((header, column) => {
@@ -118,6 +140,25 @@ document.addEventListener("play", (event) => {
   });
 }, true);
 
-body.classList.add("ready");
+// A link lies on the dot below the pointer: dots are the points of a line, in the order of the rows.
+const line = document.getElementById("dots");
+if (line) {
+  const link = document.getElementById("pointed");
+  const dots = line.getAttribute("d").slice(1).split(" ").map((point) => point.split(",").map(Number));
+  dots.pop(); // the last one again
+  const last = table.querySelector("[data-key='change']").closest("th").cellIndex - 1;
+  line.ownerSVGElement.addEventListener("mousemove", (event) => {
+    const pointer = new DOMPoint(event.clientX, event.clientY).matrixTransform(line.getScreenCTM().inverse());
+    const index = dots.findLastIndex(([x, y]) => Math.hypot(x - pointer.x, y - pointer.y) <= 5);
+    if (index < 0) return link.removeAttribute("href");
+    const { id, keys } = clips[index];
+    const rates = [2, last].map((column) => `${headers[column].textContent} ${keys[column]} %`);
+    link.setAttribute("href", `#${id}`);
+    link.firstChild.setAttribute("cx", dots[index][0]);
+    link.firstChild.setAttribute("cy", dots[index][1]);
+    link.firstChild.firstChild.textContent = `${keys[0]}: ${rates.join(", ")}`;
+  });
+}
+
 show();
 if (/^#(clip|nonspeech)-/.test(location.hash)) openClip(location.hash.slice(1));

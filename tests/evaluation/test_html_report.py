@@ -1,6 +1,7 @@
 """report.html: complete in one file, readable by everyone, and other people's texts stay texts."""
 
 import base64
+import html
 import html.parser
 import io
 import json
@@ -26,6 +27,8 @@ TEXTS = [  # id, reference, base, adapter
     ('<b>"five"&', ATTACK, ATTACK, f"{ATTACK} more"),
 ]
 LOOPING = "three"
+MORE = [(f"clip {number:03d}", "घर " * (number % 7 + 1), "घर", "घर नदी") for number in range(150)]
+MARKUP_BYTES = 335  # of a clip at most, besides its texts
 
 
 def rates(wer):
@@ -283,6 +286,26 @@ def test_the_report_shows_what_was_made_up_by_kind_window_and_system(tmp_path):
     assert "What it makes up" not in write(tmp_path / "none", with_statistics())[0]
 
 
+def many(num_clips):
+    """Clips of one kind, with words right, replaced, missing and added; their texts."""
+    texts = ("मेढक पाणी नदी", "मेंढक पाणी", "मेढक पाणी नदी घर")
+    clips = rows([(f"clip {number:04d}", *texts) for number in range(num_clips)])
+    known = {"speaker": "ravi", "base_logprob": -0.5, "adapter_logprob": -0.25}
+    return [row | known for row in clips], texts
+
+
+def test_a_clip_adds_few_bytes_besides_its_texts(tmp_path):
+    sizes = {}
+    for num_clips in (100, 1100):
+        clips, texts = many(num_clips)
+        page, _ = write(tmp_path / str(num_clips), clips=clips)
+        sizes[num_clips] = len(page.encode())
+    parts = ("clip 0000", "ravi", *texts, "मेढक", "नदी")  # base lacks two words
+    shown = sum(len(part.encode()) for part in parts)
+    markup = (sizes[1100] - sizes[100]) / 1000 - shown
+    assert markup <= MARKUP_BYTES, f"{markup:.0f} bytes of markup a clip"
+
+
 # ------ voices
 
 
@@ -394,10 +417,9 @@ def page(tmp_path_factory):
     if not browser.CHROMIUM:
         pytest.skip("needs Chromium")
     folder = tmp_path_factory.mktemp("report")
-    more = [(f"clip {n:03d}", "घर " * (n % 7 + 1), "घर", "घर नदी") for n in range(150)]
     results, panel = with_panel()
     known = {"speaker": "0f" * 64, "base_logprob": -0.5, "adapter_logprob": -0.25}
-    clips = [row | known for row in rows(TEXTS + more)]
+    clips = [row | known for row in rows(TEXTS + MORE)]
     for name in ("base", "adapter"):
         results[name]["breakdown"]["speaker"][0]["group"] = known["speaker"]
     write(folder, results, clips, audio_mb=0.2, panel=panel)
@@ -416,14 +438,15 @@ def fresh(page):
 
 def ids(page):
     return page.evaluate(
-        "Array.from(document.querySelectorAll('#table tbody .id'), (id) => id.textContent)"
+        "Array.from(document.querySelectorAll('#table tbody th bdi:first-child'), "
+        "(id) => id.textContent)"
     )
 
 
 def values(page, column):
     return page.evaluate(
         f"Array.from(document.querySelectorAll('#table tbody tr'), "
-        f"(row) => parseFloat(row.cells[{column}].dataset.value))"
+        f"(row) => parseFloat(row.cells[{column}].textContent.replace('−', '-')))"
     )
 
 
@@ -526,11 +549,24 @@ def test_the_policy_stops_requests_and_scripts_that_the_report_was_not_written_w
     assert page.evaluate("window.ran") is None
 
 
+def mouse(page, kind, x, y):
+    page.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
 def test_a_dot_and_a_confusion_open_their_clips(fresh):
-    fresh.evaluate(
-        "document.querySelector(\"svg a[href='#clip-1']\").dispatchEvent("
-        "new MouseEvent('click', {bubbles: true, cancelable: true}))"
+    axes = charts.Axes((0.0, charts.DOTS_TO), (0.0, charts.DOTS_TO))
+    x, y = fresh.evaluate(
+        "(() => { const line = document.getElementById('dots'); line.scrollIntoView();"
+        f" const dot = new DOMPoint({axes.x(50.0)}, {axes.y(100.0)})"
+        ".matrixTransform(line.getScreenCTM()); return [dot.x, dot.y]; })()"
     )
+    mouse(fresh, "mouseMoved", x + 40, y)
+    assert fresh.evaluate("document.querySelector('svg a[href]')") is None, "no dot is there"
+    mouse(fresh, "mouseMoved", x, y)
+    title = fresh.evaluate("document.querySelector(\"svg a[href='#clip-1'] title\").textContent")
+    assert title == "two: WER base 50 %, WER adapter 100 %"
+    mouse(fresh, "mousePressed", x, y)
+    mouse(fresh, "mouseReleased", x, y)
     assert ids(fresh) == ["two"]
     assert fresh.evaluate("document.activeElement.id") == "clip-1"
     search(fresh, "")
@@ -577,10 +613,62 @@ def test_without_javascript_every_clip_is_on_the_page(page):
         page.call("Emulation.setScriptExecutionDisabled", value=False)
 
 
+def test_without_javascript_all_texts_of_all_clips_can_be_read(page):
+    page.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        page.open(page.address)
+        document = page.call("DOM.getDocument", depth=0)["root"]["nodeId"]
+        table = page.call("DOM.querySelector", nodeId=document, selector="#table")["nodeId"]
+        content = page.call("DOM.getOuterHTML", nodeId=table)["outerHTML"]
+    finally:
+        page.call("Emulation.setScriptExecutionDisabled", value=False)
+
+    def words(part):
+        return tuple(html.unescape(re.sub("<[^>]*>", "", part)).split())
+
+    readable = set()
+    for row in re.findall('<tr id="clip-.*?</tr>', content, flags=re.S):
+        clip, _, reference, *transcripts = re.findall("<bdi.*?</bdi>", row, flags=re.S)
+        written = [re.sub("<del.*?</del>", "", own) for own in transcripts]
+        wanted = [re.sub("<ins.*?</ins>", "", own) for own in transcripts]
+        assert [words(own) for own in wanted] == [words(reference)] * 2
+        readable.add((words(clip), words(reference), *map(words, written)))
+    given = {tuple(tuple(part.split()) for part in clip) for clip in TEXTS + MORE}
+    assert readable == given
+
+
+def test_a_clip_is_no_element_before_it_is_shown(page, tmp_path):
+    elements = {}
+    for num_clips in (100, 1100):
+        write(tmp_path / str(num_clips), clips=many(num_clips)[0])
+        page.open((tmp_path / str(num_clips) / "wer" / "report.html").as_uri())
+        assert status(page) == f"{num_clips} of {num_clips} clips, 50 shown"
+        elements[num_clips] = page.evaluate("document.querySelectorAll('*').length")
+    assert elements[1100] == elements[100]
+
+
 @pytest.mark.parametrize("width", [320, 1280])
 def test_the_page_is_never_wider_than_the_screen(fresh, width):
     fresh.resize(width, 800)
     assert fresh.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_each_number_of_a_clip_has_its_name_on_a_narrow_screen(fresh):
+    fresh.resize(320, 800)
+    names = """[...document.querySelector("#table tbody tr").querySelectorAll("td")].map(
+        own => getComputedStyle(own, "::before").content)"""
+    labels = ("seconds", "WER base", "WER adapter", "change", "log-probability")
+    assert fresh.evaluate(names) == [*(f'"{label} "' for label in labels), "none"]
+    click(fresh, "[data-filter='invented']")
+    assert fresh.evaluate(names) == ['"seconds "', *["none"] * 5], "nothing else is known"
+    fresh.resize(1280, 800)
+    assert set(fresh.evaluate(names)) == {"none"}
+
+
+def test_the_name_of_a_system_cannot_end_the_style_sheet_or_its_own_string():
+    style = html_report.label_cells(["a_1", 'b"}</style>\\'], has_logprob=False)
+    assert 'content: "WER a_1 "' in style
+    assert 'content: "WER b\\22 \\7d \\3c \\2f style\\3e \\5c  "' in style
 
 
 def test_a_long_speaker_id_takes_one_line_and_no_heading_is_cut_inside_a_word(fresh):
@@ -599,7 +687,7 @@ def test_a_long_speaker_id_takes_one_line_and_no_heading_is_cut_inside_a_word(fr
 def test_urdu_runs_from_the_right_and_hindi_from_the_left(fresh):
     search(fresh, "four")
     directions = fresh.evaluate(
-        "Array.from(document.querySelectorAll('#table .text'), "
+        "Array.from(document.querySelectorAll('#table td bdi'), "
         "(text) => getComputedStyle(text).direction)"
     )
     assert directions[0] == "rtl"
