@@ -55,7 +55,7 @@ def finish(words: list[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
-def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
+def ranks(launcher: subprocess.Popen | psutil.Process) -> list[psutil.Process]:
     """The training processes under `accelerate launch`, not those that read audio for them."""
     children = psutil.Process(launcher.pid).children()
     started = [child for child in children if child.name() != warm.SERVER]

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import container
 import launch
 import psutil
 import pytest
@@ -74,8 +75,7 @@ def start_node(
         pytest.skip("needs root to mount a faked /opt/ml")
     Path("/opt/ml").mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp()  # short: names of sockets lie in it
-    words = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", sys.executable]
-    words += [str(launch.ROOT / "tests" / "container.py"), str(ml)]
+    words = [sys.executable, container.__file__, str(ml)]
     words += command or (sys.executable, str(ENTRY), *(arguments or ("train",)))
     if node is not None:
         words = machines.on_machine(node, words)
@@ -86,11 +86,9 @@ def start_node(
 
 
 def process_1(node: subprocess.Popen) -> psutil.Process:
-    """The entry under `unshare`, which is under `ip netns exec` where there is one."""
-    for process in launch.descendants(node):
-        if str(ENTRY) in process.cmdline() and "unshare" not in process.cmdline()[0]:
-            return process
-    raise AssertionError("no entry runs")
+    """The entry."""
+    (process,) = psutil.Process(node.pid).children()
+    return process
 
 
 def end(node: subprocess.Popen, seconds: float = 240.0) -> tuple[int, str, str]:

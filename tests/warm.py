@@ -2,8 +2,9 @@
 
 A server, a process of its own, imports what the scripts import; what it forks carries on as the
 script: a child of the process that asked for it, with its own arguments, environment, folder,
-output, process group and network, ended by the interpreter as usual. `accelerate launch` starts
-its processes the same way. They share the seed of `hash`; the container's tests start Python anew.
+output, process group and network, ended by the interpreter as usual. `accelerate launch` and the
+first process of a container (tests/container.py) start their processes the same way. They share
+the seed of `hash`, and AWS's toolkit starts Python anew in a container.
 """
 
 import ctypes
@@ -17,10 +18,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
 from typing import Any
+
+import container
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = "fork server"  # its name among processes
@@ -35,7 +39,8 @@ READ_BY_IMPORTS = (
     "BNB_", "HF_", "HOME", "LANG", "LC_", "LD_", "OMP_", "PATH", "PYTHON", "TORCH_",
     "TRANSFORMERS_", "XDG_",
 )  # fmt: skip
-MESSAGE_BYTES = 1 << 20
+READ_LATER = ("HF_TOKEN", "HF_TOKEN_FROM")
+MESSAGE_BYTES, ROOM_BYTES = 1 << 20, 1 << 15
 NETWORK = ["ip", "netns", "exec"]  # and a name, before a command
 CLONE_NEWNET = 0x4000_0000  # linux/sched.h
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36  # linux/prctl.h
@@ -51,7 +56,7 @@ def read_by_imports(environment: dict[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(READ_BY_IMPORTS) and name != "HF_TOKEN"  # read when it is needed
+        if name.startswith(READ_BY_IMPORTS) and name not in READ_LATER
     }
 
 
@@ -98,7 +103,8 @@ def server() -> tuple[socket.socket, dict[str, str]]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(Path(__file__)), str(theirs.fileno())]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    subprocess.Popen(words, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], **quiet)
+    room = environment | {"ROOM": " " * ROOM_BYTES}  # see show_variables
+    subprocess.Popen(words, cwd=ROOT, env=room, pass_fds=[theirs.fileno()], **quiet)
     theirs.close()
     if ours.recv(MESSAGE_BYTES) != b"ready":
         raise RuntimeError("the fork server cannot import the scripts")
@@ -166,6 +172,8 @@ def become(request: dict[str, Any], files: list[int]) -> list[str]:
     for name in os.environ.keys() - SET_BY_IMPORTS:
         del os.environ[name]
     os.environ.update(request["environment"])
+    show_variables(request["environment"])
+    tempfile.tempdir = None
     words = request["words"]
     if words[0] == "-u":
         sys.stdout.reconfigure(write_through=True)
@@ -173,14 +181,36 @@ def become(request: dict[str, Any], files: list[int]) -> list[str]:
     return words
 
 
+def show_variables(environment: dict[str, str]) -> None:
+    """Have /proc show this process's own variables, not the server's, where there is room.
+
+    It shows the memory that they were in when the program was loaded, proc(5); by now `os.environ`
+    has put each of them elsewhere.
+    """
+    numbers = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = map(int, numbers[47:49])  # fields 50 and 51
+    content = b"".join(os.fsencode(f"{name}={environment[name]}\0") for name in environment)
+    ctypes.memmove(start, content.ljust(end - start, b"\0")[: end - start], end - start)
+
+
 def fork_a_server() -> socket.socket | None:
-    """Have torch's launcher, in this process, fork what it starts; the child gets its channel."""
+    """Fork what this process starts, as torch's launcher or otherwise; the child gets its channel.
+
+    It starts Python for nothing else, and with variables that do not change what is tested.
+    """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork():
         theirs.close()
-        subprocess_handler.Popen = functools.partial(Popen, channel=ours)
+        cold = subprocess.Popen
+
+        def begin(args: list[str], **options: Any) -> subprocess.Popen:
+            if args[0] != sys.executable:
+                return cold(args, **options)
+            return Popen(args, channel=ours, **options)
+
+        subprocess.Popen = subprocess_handler.Popen = begin
         return None
     ours.close()
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -191,9 +221,12 @@ def fork_a_server() -> socket.socket | None:
 
 
 def run(words: list[str]) -> None:
-    """Run `script ...` or `-m module ...` as this process's `__main__`."""
+    """Run `script ...`, `-m module ...` or `-c code ...` as this process's `__main__`."""
     main = types.ModuleType("__main__")
-    if words[0] == "-m":
+    if words[0] == "-c":
+        main.__file__, sys.path[0] = "-c", ""
+        words, code = words[1:], words[1]
+    elif words[0] == "-m":
         words = words[1:]
         main.__spec__ = importlib.util.find_spec(words[0])
         code = main.__spec__.loader.get_code(words[0])
@@ -217,6 +250,14 @@ if __name__ == "__main__":
     requests = socket.socket(fileno=int(sys.argv[1]))
     requests.send(b"ready")
     command = become(*serve(requests))
-    if command[:2] == ["-m", LAUNCHER] and (requests := fork_a_server()):
+    starts_others = command[:2] == ["-m", LAUNCHER]
+    if command[0] == container.__file__:
+        _, ml, python, *command = command
+        container.enter(ml)
+        if python != sys.executable:
+            os.execvp(python, [python, *command])
+        starts_others = True
+    while starts_others and (requests := fork_a_server()):
         command = become(*serve(requests))
+        starts_others = command[:2] == ["-m", LAUNCHER]
     run(command)

@@ -581,7 +581,7 @@ def test_a_job_that_is_stopped_and_then_reclaimed_saves_and_goes_on_to_a_finishe
     launch.wait_for(lambda: metrics.stat().st_size > before, node)
     first = sagemaker.process_1(node)
     first.send_signal(signal.SIGTERM)
-    launch.wait_for(lambda: len(first.children()) == 0, node, 60)
+    launch.wait_for(lambda: not launch.ranks(first), node, 60)
     assert list((ml / "checkpoints" / "checkpoints").glob("step-*"))
     time.sleep(3)
     assert node.poll() is None, "ended by itself: exit code 0 would be Completed"

@@ -1,10 +1,8 @@
 """A job on two nodes, really: two network namespaces, the entry as process 1 of each."""
 
 import json
-import shutil
 import signal
 import time
-from pathlib import Path
 
 import launch
 import pytest
@@ -20,30 +18,24 @@ OPTIONS = SMALL | {"max_steps": 40, "save_every": 10}
 @pytest.fixture(scope="module")
 def network():
     """Two machines that know each other as algo-1 and algo-2; skips where they cannot be made."""
-    folders = [Path("/etc/netns", name) for name in machines.NAMES]
-    names = "".join(
-        f"{address} {host}\n"
-        for address, host in zip(machines.ADDRESSES, sagemaker.HOSTS, strict=True)
-    )
     try:
         with machines.two_machines():
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
             yield
     except RuntimeError as error:
         pytest.skip(str(error))
-    finally:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_nodes(folder, options, checkpoint, prepared):
     channels = {"train": prepared, "model": checkpoint}
-    return [
+    nodes = [
         sagemaker.make_ml(folder / host, options, channels, host=host, hosts=sagemaker.HOSTS)
         for host in sagemaker.HOSTS
     ]
+    pairs = zip(machines.ADDRESSES, sagemaker.HOSTS, strict=True)
+    names = "".join(f"{address} {host}\n" for address, host in pairs)
+    for ml in nodes:
+        (ml / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+    return nodes
 
 
 def start_both(nodes, **variables):
@@ -108,7 +100,7 @@ def test_a_reclaimed_spot_node_has_both_save_and_neither_ends_by_itself(
     sagemaker.process_1(running[1]).send_signal(signal.SIGTERM)
     first = [sagemaker.process_1(node) for node in running]
     for process, node in zip(first, running, strict=True):
-        launch.wait_for(lambda process=process: not process.children(), node, 60)
+        launch.wait_for(lambda process=process: not launch.ranks(process), node, 60)
     assert list((nodes[0] / "checkpoints" / "checkpoints").glob("step-*"))
     time.sleep(3)
     assert [node.poll() for node in running] == [None, None]
