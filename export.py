@@ -7,12 +7,16 @@ The adapter is merged in float32 and compared with the unmerged one on real clip
 loaded again by a process of its own and scored beside the original.
 """
 
+import gc
 import hashlib
 import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    gc.disable()  # until cli.run: collecting takes a quarter of the imports, which leave no garbage
 
 import torch
 from accelerate import Accelerator

@@ -12,11 +12,15 @@ of parts and of duplicates. OUTPUT_DIR appears by one rename; until then the dis
 twice.
 """
 
+import gc
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+if __name__ == "__main__":
+    gc.disable()  # until cli.run: collecting takes a quarter of the imports, which leave no garbage
 
 from common import audio, cli, labels, prepared
 from prepare import (

@@ -6,10 +6,14 @@ Speech is found by Silero VAD, cut at pauses, and decoded in batches at the wind
 was trained for, by the decoder of eval_wer.py. A folder is resumed where a run was killed.
 """
 
+import gc
 import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    gc.disable()  # until cli.run: collecting takes a quarter of the imports, which leave no garbage
 
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase

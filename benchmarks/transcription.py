@@ -25,6 +25,7 @@ from rapidfuzz.distance import Levenshtein
 from benchmarks import process
 from common import cli, metrics
 from common.audio import SAMPLE_RATE, decode_flac
+from common.error_rate import ErrorRate
 from common.files import write_json, write_text
 from common.prepared import load_prepared
 from common.provenance import describe_run
@@ -222,7 +223,7 @@ def score(recordings: Sequence[Recording], transcripts: dict[str, Transcript]) -
     """Error rate, words in pauses, clips without words and errors of word times."""
     references = [" ".join(part.text for part in own.parts) for own in recordings]
     texts = [transcripts[own.name].text for own in recordings]
-    rates = metrics.ErrorRate("raw").compute(predictions=texts, references=references)
+    rates = ErrorRate("raw").compute(predictions=texts, references=references)
     pairs = [(own, transcripts[own.name].words) for own in recordings]
     errors = [error for own, words in pairs for error in start_errors(own, words)]
     return {

@@ -31,7 +31,8 @@ import torch
 from transformers import AutoConfig, WhisperConfig
 
 from benchmarks import baseline, flops, process, versus_tables
-from common import batching, cli, metrics
+from common import batching, cli
+from common.error_rate import ErrorRate
 from common.files import write_json, write_text
 from common.prepared import column, label_lengths, load_prepared
 from common.provenance import describe_run
@@ -62,7 +63,7 @@ class Config:
 
 def scores(references: list[str], hypotheses: list[str]) -> dict[str, float]:
     """Raw WER and CER, by the same counter for both sides."""
-    rates = metrics.ErrorRate("raw").compute(predictions=hypotheses, references=references)
+    rates = ErrorRate("raw").compute(predictions=hypotheses, references=references)
     return {"wer": rates["wer"], "cer": rates["cer"]}
 
 

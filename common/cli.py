@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import gc
 import io
 import logging
 import os
@@ -191,7 +192,10 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
     """Parse the command line and call `main`; a UserError becomes one line and exit code 2.
 
     With several processes the first one of each machine prints it, or the one it strikes alone.
+    What was imported by now is left out of all garbage collections to come.
     """
+    gc.freeze()
+    gc.enable()  # the scripts disable it while they import
     with _one_line_errors():
         main(parse(config_class))
 

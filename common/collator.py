@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from common import audio
 from common.batching import DecodeBatch, MicroBatch
@@ -74,6 +73,8 @@ class SpeechCollator:
         self, rows: Sequence[dict[str, Any] | None], label_length: int
     ) -> dict[str, torch.Tensor]:
         """labels (B, T), decoder_input_ids (B, T) and label_positions (N)."""
+        from transformers.models.whisper.modeling_whisper import shift_tokens_right
+
         labels = torch.full((len(rows), label_length), IGNORED)  # (B, T)
         for i, row in enumerate(rows):
             if row is None:

@@ -7,28 +7,29 @@ Legend: B clips, N samples, C encoder positions (20 ms), D width, T tokens,
 H heads of width d, V vocabulary.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch.nn.functional import scaled_dot_product_attention as attend
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    WhisperForConditionalGeneration,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from common.audio import SAMPLES_PER_POSITION
 from common.labels import MAX_LABELS, PROMPT_LENGTH, prompt_layout
+from common.memory import CAP_MARGIN
 from common.whisper import encode
+
+if TYPE_CHECKING:  # loads for seconds what an export to CTranslate2 does not need
+    from transformers import WhisperForConditionalGeneration
+    from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 R = TypeVar("R")  # what is computed of a clip
 # Keys and values (clips, H, C, d) of encoder states: by layer, then a pair for each window.
@@ -40,6 +41,7 @@ SHRINK_AT = 0.8  # share of clips unfinished at which the finished ones leave th
 # 2.4 that Whisper's own decoding takes for a loop: Devanagari's bytes are alike.
 LOOP_REPEATS = 4
 LOOP_TOKENS = 12
+CAP_EXTRA = 16  # tokens on top, for clips so short that a rate says little
 # What a checkpoint's configuration may ask of `generate` and decoding here does not know: several
 # texts, more than tokens, or second attempts by sampling, which need features.
 ONE_TEXT = {
@@ -56,6 +58,18 @@ class Decoded:
     tokens: list[int]  # prompt and end token cut; as many as its cap if it hit that
     logprob: float | None  # mean over its tokens and the end token; None: beams, or not known
     no_speech: float | None = None  # probability that nobody speaks; None: not asked for
+
+
+def token_cap(seconds: float, tokens_per_second: float) -> int:
+    """Maximum number of new tokens of a clip: what its duration can hold, and a margin.
+
+    Args:
+        tokens_per_second: the rate that 99.9 % of the prepared clips stay below.
+    """
+    return min(
+        math.ceil(seconds * tokens_per_second * CAP_MARGIN) + CAP_EXTRA,
+        MAX_LABELS - PROMPT_LENGTH,
+    )
 
 
 def in_halves(compute: Callable[[slice], list[R]], clips: int) -> list[R]:

@@ -4,13 +4,11 @@ A clip's window and token cap depend on the clip alone, predictions are gathered
 errors are counted over the corpus, so that any number of processes gives one score.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
@@ -21,14 +19,13 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from common import batching, decoding, labels, metrics, whisper
+from common import batching, decoding, labels, metrics
 from common.accelerator import least
-from common.adapter import load_merged
 from common.batching import DecodeBatch
 from common.collator import SpeechCollator, load_batches
 from common.ct2 import CT2Whisper
-from common.decoding import Decoded
-from common.memory import CAP_MARGIN, device_memory_gib, plan_decoding
+from common.decoding import Decoded, token_cap
+from common.memory import device_memory_gib, plan_decoding
 from common.prepared import column
 from common.progress import track
 from common.windows import (
@@ -39,7 +36,6 @@ from common.windows import (
     DecodeWindowMode,
 )
 
-CAP_EXTRA = 16  # tokens on top, for clips so short that a rate says little
 WAVES_ALONE = SpeechCollator(decoder_start_token_id=0, pad_token_id=0)  # reads no labels
 Decode = Callable[..., list[Decoded]]  # called as `decoding.decode`
 
@@ -56,31 +52,9 @@ class Prediction:
     logprob: float | None = None  # mean of its tokens; None: not decoded greedily
 
 
-def load_for_decoding(
-    model: str, adapter: str, *, dtype: torch.dtype, device: torch.device
-) -> WhisperForConditionalGeneration:
-    """Load a base, merge the adapter (if not empty) in float32, then convert the weights once."""
-    base = whisper.load_base(model, dtype=torch.float32)
-    if adapter:
-        base = load_merged(base, adapter)
-    return base.to(device, dtype).eval()
-
-
 def collator_for(model: WhisperForConditionalGeneration) -> SpeechCollator:
     """The collator with a model's start token."""
     return SpeechCollator(model.config.decoder_start_token_id, model.config.pad_token_id)
-
-
-def token_cap(seconds: float, tokens_per_second: float) -> int:
-    """Maximum number of new tokens of a clip: what its duration can hold, and a margin.
-
-    Args:
-        tokens_per_second: the rate that 99.9 % of the prepared clips stay below.
-    """
-    return min(
-        math.ceil(seconds * tokens_per_second * CAP_MARGIN) + CAP_EXTRA,
-        labels.MAX_LABELS - labels.PROMPT_LENGTH,
-    )
 
 
 # ------ decoding
@@ -246,12 +220,14 @@ def count_errors(
     Returns:
         Counts by normaliser, clips in the order of `dataset`.
     """
+    from common.error_rate import ErrorRate
+
     languages = written_languages(dataset, task)
     references = [str(text) for text in column(dataset, "text")]
     hypotheses = [predictions[str(clip_id)].text for clip_id in column(dataset, "id")]
     spelling = getattr(tokenizer, "english_spelling_normalizer", None)
     return {
-        name: metrics.ErrorRate(name, spelling=spelling, languages=languages).count_clips(
+        name: ErrorRate(name, spelling=spelling, languages=languages).count_clips(
             references, hypotheses
         )
         for name in metrics.normalisers_for(languages)

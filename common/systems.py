@@ -1,18 +1,23 @@
 """The systems that are scored: a base or an adapter on it, with the window it was trained for."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration
+from transformers import PreTrainedTokenizerBase
 
-from common import labels, predictions, whisper
+from common import labels, whisper
 from common.accelerator import say
-from common.adapter import changes_nothing, check_base
 from common.cli import UserError
 from common.provenance import read_record
 from common.windows import DecodeMargin, DecodeWindowMode, decode_margin, trained_mode
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,18 @@ def check_languages(
         )
 
 
+def load_for_decoding(
+    model: str, adapter: str, *, dtype: torch.dtype, device: torch.device
+) -> WhisperForConditionalGeneration:
+    """Load a base, merge the adapter (if not empty) in float32, then convert the weights once."""
+    base = whisper.load_base(model, dtype=torch.float32)
+    if adapter:
+        from common.adapter import load_merged  # loads PEFT and bitsandbytes: seconds
+
+        base = load_merged(base, adapter)
+    return base.to(device, dtype).eval()
+
+
 def load_system(
     model: str,
     adapter: str,
@@ -64,19 +81,22 @@ def load_system(
     Raises:
         UserError: the adapter's own record says that it was trained on another base.
     """
-    loaded = predictions.load_for_decoding(model, adapter, dtype=dtype, device=accelerator.device)
+    loaded = load_for_decoding(model, adapter, dtype=dtype, device=accelerator.device)
     whisper.complete_generation_config(loaded, tokenizer)
     record = read_record(adapter or model, "--adapter" if adapter else "--model")
-    if adapter and record:  # of an adapter trained elsewhere only shapes can be compared
-        check_base(adapter, record, model, loaded)
+    warning = ""
+    if adapter:
+        from common.adapter import changes_nothing, check_base
+
+        if record:  # of an adapter trained elsewhere only shapes can be compared
+            check_base(adapter, record, model, loaded)
+        if changes_nothing(adapter):
+            warning = "the adapter changes nothing: its LoRA is zero, and its score is the base's"
+            say(accelerator, f"warning: {adapter}: {warning}")
     if record and record.get("config", {}).get("nospeech_share"):
         whisper.allow_empty_text(loaded)
     policy = record and record["window"]
     mode = trained_mode(policy) if window_mode == "auto" else window_mode
-    warning = ""
-    if adapter and changes_nothing(adapter):
-        warning = "the adapter changes nothing: its LoRA is zero, and its score is the base's"
-        say(accelerator, f"warning: {adapter}: {warning}")
     return System(
         adapter or model, loaded, mode, decode_margin(policy), tokenizer, accelerator,
         batch_seconds, warning,

@@ -3,12 +3,14 @@
 Legend: B batch, M mel bins, F frames (10 ms), C encoder positions (20 ms), D width, T tokens.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +22,16 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
 )
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
 from common import audio, labels
 from common.cli import UserError, first_line
 from common.languages import ALIASES
+
+if TYPE_CHECKING:  # loads for seconds what an export to CTranslate2 does not need
+    from transformers import WhisperForConditionalGeneration
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 Quantize = Literal["none", "int8", "nf4"]
 COMPUTED = {"model.encoder.embed_positions.weight"}  # sinusoids: some checkpoints leave them out
@@ -78,6 +82,8 @@ def load_base(
         UserError: `--model` is not there, or is no Whisper with safetensors.
     """
     check_whisper(model)
+    from transformers import WhisperForConditionalGeneration
+
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", **NOTHING_RANDOM}
     if quantize != "none":
         options["quantization_config"] = _quantization(quantize, dtype)

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from common import batching, cli, ct2, decoding, labels, predictions, whisper
 from common.cli import UserError
 from common.collator import read_samples
-from common.predictions import Decode, DecodeOptions, Prediction, token_cap
+from common.decoding import token_cap
+from common.predictions import Decode, DecodeOptions, Prediction
 from common.prepared import column, load_prepared
 from common.windows import DecodeMargin, decode_window
 from conversion import ggml

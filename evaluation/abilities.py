@@ -235,7 +235,7 @@ def timestamp_forms(
         encoded,
         languages=languages,
         task=options.task,
-        caps=[predictions.token_cap(float(own), options.tokens_per_second) for own in seconds],
+        caps=[decoding.token_cap(float(own), options.tokens_per_second) for own in seconds],
         timestamps=True,
     )
     config = model.generation_config

@@ -31,7 +31,7 @@ SERVER = "fork server"  # its name among processes
 LAUNCHER = "accelerate.commands.launch"
 IMPORTS = (
     LAUNCHER, "torch.distributed.run", "deepspeed", "train_lora", "eval_wer",
-    "preprocess",
+    "preprocess", "common.error_rate",
 )  # fmt: skip
 # Read while modules are imported: a command that changes one of them starts Python anew. What
 # chooses a GPU is not among them: with one, nothing is forked.

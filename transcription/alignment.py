@@ -9,16 +9,21 @@ few clips.
 Legend: B clips, T tokens, C encoder positions (20 ms), H heads of width d, D width, V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import WhisperForConditionalGeneration
 
 from common.windows import POSITIONS_PER_SECOND
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration
 
 MEDIAN_POSITIONS = 3  # of the median filter along time
 ATTENTION_FLOOR = 1e-3  # below which attention does not count

@@ -29,6 +29,8 @@ def score(
     Returns:
         A line with the rates and with what was not scored.
     """
+    from common.error_rate import ErrorRate
+
     scored = {own: read_transcript(folder, own) for own in texts}
     scored = {own: content for own, content in scored.items() if content}
     languages = [written_language(content) for content in scored.values()]
@@ -38,7 +40,7 @@ def score(
     references = [texts[own] for own in scored]
     spelling = getattr(tokenizer, "english_spelling_normalizer", None)
     counts = {
-        name: metrics.ErrorRate(name, spelling=spelling, languages=languages).count_clips(
+        name: ErrorRate(name, spelling=spelling, languages=languages).count_clips(
             references, hypotheses
         )
         for name in metrics.normalisers_for(languages)

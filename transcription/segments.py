@@ -14,7 +14,7 @@ import torch
 from common import batching, decoding, labels, windows
 from common.audio import SAMPLES_PER_POSITION
 from common.batching import DecodeBatch
-from common.predictions import token_cap
+from common.decoding import token_cap
 from transcription.alignment import Text
 from transcription.runtimes import Runtime
 from transcription.stretches import Stretch

@@ -9,6 +9,7 @@ import pytest
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from common import metrics
+from common.error_rate import ErrorRate
 
 TABLE = [  # text, keep_marks, whisper_basic
     ("नमस्कार, कसं काय?", "नमस्कार कसं काय", "नमस क र कस क य"),
@@ -29,8 +30,8 @@ def test_normalisers_on_scripts(text, kept, basic):
 
 def test_only_the_mark_keeping_normaliser_sees_a_wrong_vowel_sign():
     pair = {"references": ["की"], "predictions": ["का"]}
-    assert metrics.ErrorRate("keep_marks").compute(**pair)["wer"] == 100.0
-    assert metrics.ErrorRate("whisper_basic").compute(**pair)["wer"] == 0.0, "it flatters"
+    assert ErrorRate("keep_marks").compute(**pair)["wer"] == 100.0
+    assert ErrorRate("whisper_basic").compute(**pair)["wer"] == 0.0, "it flatters"
 
 
 def test_composed_and_decomposed_spellings_are_one_text():
@@ -64,11 +65,11 @@ SAME = [  # language, reference and what differs in nothing that is heard
 
 @pytest.mark.parametrize(("language", "reference", "hypothesis"), SAME)
 def test_what_cannot_be_heard_costs_nothing_when_marks_are_kept(language, reference, hypothesis):
-    metric = metrics.ErrorRate("keep_marks", languages=[language])
+    metric = ErrorRate("keep_marks", languages=[language])
     for pair in ((reference, hypothesis), (hypothesis, reference)):
         found = metric.compute(references=[pair[0]], predictions=[pair[1]])
         assert (found["wer"], found["cer"]) == (0.0, 0.0)
-    raw = metrics.ErrorRate("raw", languages=[language])
+    raw = ErrorRate("raw", languages=[language])
     assert raw.compute(references=[reference], predictions=[hypothesis])["wer"] > 0
 
 
@@ -84,23 +85,23 @@ DIFFERENT = [  # joiners that are part of the spelling
 
 @pytest.mark.parametrize(("language", "reference", "hypothesis"), DIFFERENT)
 def test_what_is_spelt_otherwise_still_costs(language, reference, hypothesis):
-    metric = metrics.ErrorRate("keep_marks", languages=[language])
+    metric = ErrorRate("keep_marks", languages=[language])
     assert metric.compute(references=[reference], predictions=[hypothesis])["wer"] > 0
 
 
 def test_languages_without_spaces_are_scored_by_letter_and_the_result_says_so():
     texts = {"references": ["我们去公园吧", "we go out"], "predictions": ["我们去花园吧", "we go"]}
-    raw = metrics.ErrorRate("raw", languages=["zh", "en"]).compute(**texts)
+    raw = ErrorRate("raw", languages=["zh", "en"]).compute(**texts)
     assert (raw["unit"], raw["words"]["reference_length"], raw["wer"]) == ("word", 4, 50.0)
     for name in metrics.BY_LETTER:
-        mixed = metrics.ErrorRate(name, languages=["zh", "en"]).compute(**texts)
+        mixed = ErrorRate(name, languages=["zh", "en"]).compute(**texts)
         assert mixed["unit"] == "word; letter in zh"
         assert mixed["words"]["reference_length"] == 6 + 3
         assert mixed["words"]["substitutions"] == mixed["words"]["deletions"] == 1
         assert mixed["characters"]["reference_length"] == 6 + 9, "no spaces between letters"
         one = {key: texts[key][:1] for key in texts}
-        assert metrics.ErrorRate(name, languages=["zh"]).compute(**one)["unit"] == "letter"
-        assert metrics.ErrorRate(name, languages=["zh"]).compute(**one)["wer"] == 100 / 6
+        assert ErrorRate(name, languages=["zh"]).compute(**one)["unit"] == "letter"
+        assert ErrorRate(name, languages=["zh"]).compute(**one)["wer"] == 100 / 6
 
 
 @pytest.mark.parametrize("language", metrics.LETTER_LANGUAGES)
@@ -117,7 +118,7 @@ def test_english_normaliser_knows_numbers_contractions_and_a_spelling_table():
     text = "Mr. Neil can't pay twenty-one dollars for colour"
     expected = "mister neil can not pay $21 for color"
     assert metrics.whisper_english(text, {"colour": "color"}) == expected
-    metric = metrics.ErrorRate("whisper_english", spelling={"colour": "color"})
+    metric = ErrorRate("whisper_english", spelling={"colour": "color"})
     assert metric.compute(references=["a colour"], predictions=["A color!"])["wer"] == 0.0
 
 
@@ -130,9 +131,9 @@ def test_the_english_normaliser_is_reported_for_english_alone():
 def test_turkish_capitals_cost_nothing_but_under_openais_own_normaliser():
     pair = {"references": ["İstanbul IŞIK"], "predictions": ["istanbul ışık"]}
     for languages in (["tr"], ["az"], None):  # without a language ı and İ show it
-        basic = metrics.ErrorRate("whisper_basic", languages=languages).compute(**pair)
+        basic = ErrorRate("whisper_basic", languages=languages).compute(**pair)
         assert (basic["wer"], basic["cer"]) == (0.0, 0.0)
-        assert metrics.ErrorRate("whisper_openai", languages=languages).compute(**pair)["wer"] > 0
+        assert ErrorRate("whisper_openai", languages=languages).compute(**pair)["wer"] > 0
     assert metrics.whisper_basic("I\u0307zmir", "tr") == "izmir"
     for text in ("İstanbul'da IŞIK", "Ilık, süt!", "हिंदी"):
         assert metrics.whisper_openai(text, "tr") == " ".join(BasicTextNormalizer()(text).split())
@@ -148,7 +149,7 @@ def test_without_a_language_the_writing_system_decides(language, reference, hypo
     for name in (
         ("keep_marks", "whisper_basic") if language in "zh ja th lo my" else ("keep_marks",)
     ):
-        metric = metrics.ErrorRate(name)
+        metric = ErrorRate(name)
         assert metric.compute(references=[reference], predictions=[hypothesis])["wer"] == 0.0
 
 
@@ -172,7 +173,7 @@ def test_counts_equal_the_least_number_of_edits_found_by_trying_all():
 
 def test_a_corpus_rate_is_errors_over_words_and_no_mean_of_rates():
     references, predictions = ["a b c d e f g h i", "a"], ["a b c d e f g h i", "b"]
-    result = metrics.ErrorRate("raw").compute(references=references, predictions=predictions)
+    result = ErrorRate("raw").compute(references=references, predictions=predictions)
     assert result["wer"] == 10.0, "the mean of the clips' rates would be 50"
     assert result["words"] == {
         "substitutions": 1,
@@ -183,23 +184,20 @@ def test_a_corpus_rate_is_errors_over_words_and_no_mean_of_rates():
 
 
 def test_an_empty_reference_counts_its_insertions():
-    result = metrics.ErrorRate("raw").compute(references=["", "a"], predictions=["x y", "a"])
+    result = ErrorRate("raw").compute(references=["", "a"], predictions=["x y", "a"])
     assert result["words"]["insertions"] == 2
     assert result["wer"] == 200.0
 
 
 def test_metrics_have_the_same_counts_as_the_plain_functions():
     references, predictions = ["एक दोन तीन"], ["एक तीन तीन चार"]
-    result = metrics.ErrorRate("raw").compute(references=references, predictions=predictions)
+    result = ErrorRate("raw").compute(references=references, predictions=predictions)
     counts = sum(metrics.count_clips(references, predictions, "char"), metrics.ErrorCounts())
     assert result["cer"] == counts.rate
     assert json.loads(json.dumps(result)) == result
 
 
 def test_metrics_import_no_torch_of_their_own():
-    code = (
-        "import sys, types; sys.modules['evaluate'] = types.SimpleNamespace(Metric=object, "
-        "MetricInfo=object); import common.metrics; print('torch' in sys.modules)"
-    )
+    code = "import sys, common.metrics; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_wer
 import train_lora
-from common import cli, labels, predictions, provenance, systems, whisper
+from common import cli, decoding, labels, predictions, provenance, systems, whisper
 from common.prepared import load_prepared
 from evaluation import report
 from evaluation.scores import worst_clips
@@ -315,10 +315,8 @@ def test_beams_give_a_score_that_does_not_depend_on_the_batch_either(options):
 def test_clips_that_hit_their_cap_are_counted(evaluated, prepared):
     options, result = evaluated().options, evaluated().result
     rate = json.loads((prepared / "preprocess.json").read_text())["tokens_per_second"]["p999"]
-    assert predictions.token_cap(2.0, rate) == int(-(-2.0 * rate * 1.25 // 1)) + 16
-    assert predictions.token_cap(30.0, 100.0) == 444, (
-        "the decoder has 448 positions, 4 are the prompt"
-    )
+    assert decoding.token_cap(2.0, rate) == int(-(-2.0 * rate * 1.25 // 1)) + 16
+    assert decoding.token_cap(30.0, 100.0) == 444, "the decoder has 448 positions, 4 are the prompt"
     rows = read(options, "predictions.jsonl").splitlines()
     hits = sum(json.loads(row)["base_hit_cap"] for row in rows)
     assert result["base"]["clips_at_cap"] == hits > 0, "a random model loops"
@@ -326,10 +324,10 @@ def test_clips_that_hit_their_cap_are_counted(evaluated, prepared):
 
 def test_merging_is_done_in_float32_before_the_weights_are_converted(checkpoint, adapter):
     device = torch.device("cpu")
-    wide = predictions.load_for_decoding(
+    wide = systems.load_for_decoding(
         str(checkpoint), str(adapter), dtype=torch.float32, device=device
     )
-    narrow = predictions.load_for_decoding(
+    narrow = systems.load_for_decoding(
         str(checkpoint), str(adapter), dtype=torch.bfloat16, device=device
     )
     for name, weight in wide.state_dict().items():

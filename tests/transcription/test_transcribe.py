@@ -3,8 +3,10 @@
 import itertools
 import json
 import shutil
+import subprocess
 from functools import partial
 
+import launch
 import numpy as np
 import pytest
 import soundfile
@@ -237,6 +239,20 @@ def test_an_export_to_ctranslate2_gives_the_same_transcripts(exported, folder, t
         assert "".join(word["text"] for word in own["words"]).strip() == own["text"]
         assert all(0 < word["probability"] < 1 for word in own["words"])
     assert (tmp_path / "float32" / "talk.flac.srt").read_text().count(" --> ") >= 3
+
+
+def test_a_run_with_ctranslate2_loads_no_models_of_pytorch(exported, folder, tmp_path):
+    options = {"audio": folder / "day", "model": exported / "float32", "output_dir": tmp_path}
+    words = launch.command("transcribe.py", options)
+    done = subprocess.run(
+        [words[0], "-X", "importtime", *words[1:]],
+        cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "ctranslate2" in modules
+    assert not modules & {
+        "transformers.models.whisper.modeling_whisper", "peft", "evaluate", "datasets", "scipy"
+    }  # fmt: skip
 
 
 def test_a_run_with_ctranslate2_is_resumed_and_does_not_depend_on_batches(
