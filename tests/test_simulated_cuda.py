@@ -62,7 +62,7 @@ KINDS = [
     *({"precision": name} for name in HALVES),
     {"quantize": "int8"}, {"quantize": "nf4", "precision": "fp16"}, {"tune": "full"},
 ]  # fmt: skip
-TINY = {"model": "tiny", "positions": 320, "clips": 2}
+TINY = {"model": "tiny of few layers", "positions": 320, "clips": 2}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,9 @@ def cases():
         {"scope": "decoder"} | simulated_memory.CACHED,
     ]  # fmt: skip
     decoded = [{"decode": True} | batch for batch in simulated_memory.DECODED]
-    named = [("turbo", turbo), ("half of small", trained), ("small", decoded)]
+    named = [
+        ("turbo of few layers", turbo), ("small of few layers", trained), ("small", decoded)
+    ]  # fmt: skip
     return [{"model": model} | case for model, own in named for case in own]
 
 
