@@ -71,6 +71,19 @@ def test_probabilities_are_those_of_the_decoder_and_do_not_depend_on_the_batch(b
     assert np.allclose(both[0].probabilities, expected.numpy(), atol=1e-6)
 
 
+def test_words_begin_a_moment_after_attention_moves_but_inside_the_clip(base, checkpoint):
+    tokenizer = labels.load_tokenizer(str(checkpoint))
+    [(_, states)] = decoding.encode_windows(base, tiny.waves(1, 300), [300])
+    prompt = labels.prompt(tokenizer, "mr", "transcribe")
+    text, heads = Text(prompt, [5, 9, 200, 31, 7], 300), [(0, 1), (1, 0)]
+    [aligned] = alignment.align(base, states, [text], heads)
+    with torch.inference_mode():
+        _, [attention] = alignment._attend(base, states, [text], heads)
+    path = alignment.token_starts(attention) / 50
+    late = [0.0] + [alignment.EARLY_SECONDS] * 5
+    assert aligned.starts == pytest.approx(np.minimum(path + late, 6.0))
+
+
 @pytest.mark.parametrize(
     ("text", "language", "words"),
     [

@@ -23,7 +23,6 @@ pytestmark = [
 pytest.importorskip("silero_vad", reason="requirements-export.txt")
 
 
-@pytest.mark.xfail(reason="20.05 ms at the natural window, 17.9 at 30 s: docs/transcribe.md")
 def test_words_start_where_espeak_began_them():
     """Mean 20 ms, 95 % below 100 ms; the natural window no worse than 30 seconds."""
     sentences = (launch.ROOT / "demo" / "sentences_mr.txt").read_text(encoding="utf-8").splitlines()
