@@ -128,7 +128,7 @@ def test_both_sides_run_and_every_figure_is_written(checkpoint, tmp_path, forked
     source, output = common_voice(tmp_path / "source"), tmp_path / "versus"
     options = {"data_dir": str(source), "model": str(checkpoint), "output_dir": str(output)}
     config = versus_recipe.Config(
-        **options, language="mr", repeats=1, max_steps=2, precision="fp32", quality_clips="8,4"
+        **options, language="mr", repeats=1, max_steps=2, precision="fp32", quality_clips="4"
     )
     versus_recipe.main(config)
     found = json.loads((output / "versus_recipe.json").read_text(encoding="utf-8"))
@@ -146,13 +146,34 @@ def test_both_sides_run_and_every_figure_is_written(checkpoint, tmp_path, forked
     assert found["summary"]["disk"]["ratio"] > 5
     assert found["work"]["ours"]["bucket_padding_share"] < 0.5
     (quality,) = found["time_to_quality"]
-    good = [versus_tables.is_as_good(run, quality["recipe"]) for run in quality["ours"]]
-    assert [run["clips"] for run in quality["ours"]] == [4, 8][: len(good)], "the fewest first"
-    assert not any(good[:-1]) and (good[-1] or len(good) == 2), "ends when it is as good"
+    assert [run["clips"] for run in quality["ours"]] == [4]
     assert all(run["seconds"] > 0 for run in (quality["recipe"], *quality["ours"]))
     assert (output / "time_to_quality.png").stat().st_size > 1000
     with pytest.raises(cli.UserError, match=r"--output_dir .* exists"):
         versus_recipe.main(config)
+
+
+def test_time_to_quality_ends_at_the_first_run_that_is_as_good(tmp_path, monkeypatch):
+    rates = {40: (50.0, 41.0), 80: (39.0, 40.0), 120: (30.0, 30.0)}  # at both windows, by clips
+
+    def train(model, run, data, precision, options):
+        clips = 4 * options[options.index("--max_steps") + 1]
+        natural, full = ({"scores": {"wer": rate}} for rate in rates[clips])
+        return {
+            "train": {"clips": clips, "steps": clips // 4, "seconds": clips / 2},
+            "evaluate": natural,
+            "evaluate_full": full,
+        }
+
+    monkeypatch.setattr(versus_recipe, "our_training", train)
+    config = versus_recipe.Config("data", "model", quality_clips="120,40,80")
+    recipe = {"train": {"seconds": 400.0}, "evaluate": {"scores": {"wer": 40.0}}}
+    found = versus_recipe.until_as_good(config, tmp_path / "work", tmp_path, "fp32", 1, recipe)
+    assert [run["clips"] for run in found["ours"]] == [40, 80], "the fewest clips first"
+    assert (found["seconds"], found["ratio"]) == (40.0, 10.0)
+    config = replace(config, quality_clips="40")
+    found = versus_recipe.until_as_good(config, tmp_path / "next", tmp_path, "fp32", 1, recipe)
+    assert (found["seconds"], found["ratio"]) == (None, None)
 
 
 def test_as_good_means_at_both_windows_and_no_ratio_is_given_otherwise():

@@ -173,7 +173,9 @@ def check_shell_script(program: str, arguments: list[str]) -> None:
 )
 def test_scripts_called_by_the_makefile_and_the_reference_runs_parse(path, tmp_path):
     text = (ROOT / path).read_text(encoding="utf-8")
-    joined = text.replace("\\\n", " ").replace("$context", "full")
+    joined = text.replace("\\\n", " ")
+    for variable, value in (("$context", "full"), ("$(EPOCHS)", "3"), ("$(PANELS)", "true")):
+        joined = joined.replace(variable, value)
     calls = re.findall(r"(?:python|launch\b.*) (\w+\.py) (--.*)", joined)
     assert calls or path == "runs/kill.sh", path
     for script, arguments in calls:
