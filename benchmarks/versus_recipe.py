@@ -31,6 +31,7 @@ import torch
 from transformers import AutoConfig, WhisperConfig
 
 from benchmarks import baseline, flops, process, versus_tables
+from benchmarks.versus_tables import SIDES, WINDOWS
 from common import batching, cli
 from common.error_rate import ErrorRate
 from common.files import write_json, write_text
@@ -39,7 +40,6 @@ from common.provenance import describe_run
 from common.windows import FULL_WINDOW, POSITIONS_PER_SECOND, WindowMode, positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STAGE_OF = {"natural": "evaluate", "full": "evaluate_full"}  # of the window that ours is scored at
 
 
 @dataclass
@@ -160,7 +160,7 @@ def until_as_good(
         ]  # fmt: skip
         stages = our_training(config.model, work / str(clips), data, precision, options)
         run = {name: stages["train"][name] for name in ("clips", "steps", "seconds")}
-        run |= {window: stages[STAGE_OF[window]]["scores"] for window in versus_tables.WINDOWS}
+        run |= {window: stages[stage]["scores"] for window, stage in WINDOWS.items()}
         runs.append(run)
         print(f"seed {seed}, ours: {json.dumps(run)}", flush=True)
         if versus_tables.is_as_good(run, recipe):
@@ -199,7 +199,7 @@ def our_training(
             baseline.NUM_WORKERS, *options,
         ],
     }  # fmt: skip
-    for window in STAGE_OF:
+    for window in WINDOWS:
         commands[window] = [
             "eval_wer.py", "--model", model, "--adapter", run / "adapter", "--data_dir",
             data, "--context", window, "--precision", precision, "--output_dir", run / window,
@@ -219,7 +219,7 @@ def our_training(
     stages["train"] |= {
         name: record[name] for name in ("first_step_seconds", "encoder_cache_seconds")
     }
-    for window in STAGE_OF:
+    for window in WINDOWS:
         record = json.loads((run / window / "wer.json").read_text(encoding="utf-8"))["adapter"]
         rates = record["normalisers"]["raw"]
         stages[window] |= {
@@ -229,7 +229,7 @@ def our_training(
             "clips_decoded_again": record["clips_decoded_again"],
             "scores": {"wer": rates["wer"], "cer": rates["cer"]},
         }
-    return {STAGE_OF.get(name, name): figures for name, figures in stages.items()}
+    return {WINDOWS.get(name, name): figures for name, figures in stages.items()}
 
 
 def prepared_clips(data: Path) -> int:
@@ -319,11 +319,11 @@ def main(config: Config) -> None:
     precision = config.precision if config.precision != "auto" else max(peaks, key=peaks.get)
     print(f"GEMM: {peaks}; both sides compute in {precision}", flush=True)
 
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in versus_tables.SIDES}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     qualities: list[dict[str, Any]] = []
     for repeat in range(config.repeats):
         seed = config.seed + repeat
-        for side in versus_tables.SIDES if repeat % 2 == 0 else versus_tables.SIDES[::-1]:
+        for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
             stages = baseline_stages if side == "recipe" else our_stages
             work = output / f"{side}_{repeat}"
             runs[side].append(stages(config, work, precision, seed))
@@ -346,8 +346,9 @@ def main(config: Config) -> None:
         } | describe_run(config)
         compared = versus_tables.summary(results)
         write_json(output / "versus_recipe.json", results | {"summary": compared})
-        print(versus_tables.table(compared, peaks[precision], precision))
-        print(versus_tables.quality_table(qualities), flush=True)
+        print(versus_tables.table(compared, peaks[precision], precision), flush=True)
+        if qualities:
+            print(versus_tables.quality_table(qualities), flush=True)
 
 
 if __name__ == "__main__":

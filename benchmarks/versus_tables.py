@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 SIDES = ("recipe", "ours")
-WINDOWS = ("natural", "full")
+WINDOWS = {"natural": "evaluate", "full": "evaluate_full"}  # that ours is scored at: the stage
 STAGES = {  # what is compared: the recipe's stage and ours
     "prepare": ("prepare", "prepare"),
     "train": ("train", "train"),

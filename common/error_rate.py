@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import evaluate
+from transformers import PreTrainedTokenizerBase
 
 from common.metrics import (
     BY_LETTER,
@@ -14,6 +15,7 @@ from common.metrics import (
     ClipCounts,
     count_clips,
     guess_language,
+    normalisers_for,
     whisper_english,
 )
 
@@ -74,6 +76,27 @@ class ErrorRate(evaluate.Metric):
         if self.config_name not in BY_LETTER or not letters:
             return "word"
         return "letter" if len(letters) == len(codes) else f"word; letter in {', '.join(letters)}"
+
+
+def count_by_normaliser(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    languages: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, ClipCounts]:
+    """Errors of each pair of texts, by normaliser.
+
+    Args:
+        languages: the code of each pair.
+        tokenizer: may hold the spelling table of the English normaliser.
+    """
+    spelling = getattr(tokenizer, "english_spelling_normalizer", None)
+    return {
+        name: ErrorRate(name, spelling=spelling, languages=languages).count_clips(
+            references, hypotheses
+        )
+        for name in normalisers_for(languages)
+    }
 
 
 def _with_spelling(spelling: dict[str, str] | None, text: str, _language: str) -> str:

@@ -220,18 +220,11 @@ def count_errors(
     Returns:
         Counts by normaliser, clips in the order of `dataset`.
     """
-    from common.error_rate import ErrorRate
+    from common.error_rate import count_by_normaliser
 
-    languages = written_languages(dataset, task)
     references = [str(text) for text in column(dataset, "text")]
     hypotheses = [predictions[str(clip_id)].text for clip_id in column(dataset, "id")]
-    spelling = getattr(tokenizer, "english_spelling_normalizer", None)
-    return {
-        name: ErrorRate(name, spelling=spelling, languages=languages).count_clips(
-            references, hypotheses
-        )
-        for name in metrics.normalisers_for(languages)
-    }
+    return count_by_normaliser(references, hypotheses, written_languages(dataset, task), tokenizer)
 
 
 def summarise(

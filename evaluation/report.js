@@ -3,7 +3,7 @@
 // Where scripts run, what <noscript> holds is text: a row becomes elements when it is shown.
 const PAGE = 50; // rows
 const source = document.getElementById("source");
-const [head, rows, foot] = source.textContent.split(/<\/?tbody>/); // other people's "<" is escaped
+const [head, rows, foot] = source.textContent.split(/<\/?tbody>/); // "<" in texts is escaped
 source.insertAdjacentHTML("afterend", `${head}<tbody></tbody>${foot}`);
 source.remove();
 const parser = document.createElement("template");

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from common import metrics
 from common.files import write_json
 from transcription.output import read_transcript, written_language
 from transcription.recordings import Recording
@@ -29,7 +28,7 @@ def score(
     Returns:
         A line with the rates and with what was not scored.
     """
-    from common.error_rate import ErrorRate
+    from common.error_rate import count_by_normaliser
 
     scored = {own: read_transcript(folder, own) for own in texts}
     scored = {own: content for own, content in scored.items() if content}
@@ -38,13 +37,7 @@ def score(
         " ".join(segment["text"] for segment in content["segments"]) for content in scored.values()
     ]
     references = [texts[own] for own in scored]
-    spelling = getattr(tokenizer, "english_spelling_normalizer", None)
-    counts = {
-        name: ErrorRate(name, spelling=spelling, languages=languages).count_clips(
-            references, hypotheses
-        )
-        for name in metrics.normalisers_for(languages)
-    }
+    counts = count_by_normaliser(references, hypotheses, languages, tokenizer)
     rates = {name: own.rates() for name, own in counts.items()}
     rows = [
         {"name": own.name, "wer": words.rate, "words": words.reference_length}
