@@ -28,7 +28,7 @@ from common.prepared import SPLITS, column, load_prepared
 from common.provenance import describe_run, hub_id, read_record
 from common.systems import check_languages, load_system
 from common.windows import DecodeWindowMode
-from evaluation import folders, push
+from evaluation import folders, leaderboard, push
 from evaluation.abilities import measure_abilities
 from evaluation.audit import audit, write_audit
 from evaluation.card import write_cards
@@ -62,6 +62,7 @@ class Config:
     report_audio_mb: float = 10.0  # megabytes of voices in report.html at most; 0: none
     output_dir: str = os.environ.get("SM_OUTPUT_DATA_DIR", "wer")  # for scores, texts, report
     model_card: bool = True  # README.md beside each adapter, if the whole test split is scored
+    benchmark: str = ""  # OWNER/NAME:TASK that the split is of, for a leaderboard; empty: none
     push_to_hub: str = ""  # OWNER/NAME on the Hub to push adapter and card to; empty: none
     license: str = ""  # license in the model card, such as apache-2.0; empty: unknown
 
@@ -89,6 +90,7 @@ def check(config: Config) -> None:
                 for folder in folders.split_folders(config.also)
             ),
             *cli.out_of_range(config, not_negative=["batch_seconds"]),
+            *leaderboard.rules(config.benchmark, has_card=has_card(config)),
             *push.rules(
                 config.push_to_hub,
                 config.model,
@@ -226,6 +228,7 @@ def evaluate(config: Config) -> None:
         )
         if has_card(config):
             cards, lines = write_cards(folder)
+            lines += leaderboard.write_entries(config.benchmark, folder, cards)
             print("".join(f"{line}\n" for line in lines), end="")
         print(address, flush=True)
     close(accelerator)

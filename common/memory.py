@@ -111,14 +111,14 @@ def kept_by_layer(config: WhisperConfig, step: Step) -> Kept:
     A LayerNorm keeps its input in float32, under autocast too. Attention keeps query, key, value
     and result, GELU its input. A linear layer keeps its input where its weight is trained, an
     adapter always, a copy of its own behind its dropout. bitsandbytes' 8-bit product keeps its
-    input though nothing of it is trained; the 4-bit one does not. Under autocast each linear layer
-    casts, and keeps, what a LayerNorm returns for itself; in float32 they share it, and before
-    8-bit layers it is cast once (`training/lora.py`).
+    input though nothing of it is trained; the 4-bit one does not. Under autocast each layer whose
+    weight is trained casts, and keeps, what a LayerNorm returns for itself; in float32 they share
+    it, and below an adapter it is cast once (`training/lora.py`).
     """
     value, wide = step.bytes_per_value, config.encoder_ffn_dim / config.d_model
     adapted = step.lora_targets if step.tune == "lora" else ()
     keeps_inputs = step.tune != "lora" or step.quantize == "int8"
-    shared = value == FLOAT or step.quantize != "none"
+    shared = value == FLOAT or step.tune == "lora"
 
     def inputs(of_norm: tuple[str, ...], **others: float) -> float:
         """Values / D kept as inputs of layers that read one LayerNorm, and of others."""
@@ -213,8 +213,6 @@ def predict_gib(
     passing = 2 * stream + 2 * value * wide
     if step.quantize == "int8":
         passing += 6 * wide  # the product as int32, and again as float16
-    if "fc2" in step.lora_targets and step.tune == "lora" and step.quantize == "none":
-        passing += 2 * FLOAT * wide  # PEFT casts an adapter's input to float32, dropout copies it
     states = FLOAT + FLOAT  # the encoder's last LayerNorm: input and result
     # bitsandbytes' 8-bit product holds its input where checkpointing does not see it: what 2 or 3
     # LayerNorms and 1 or 2 attentions return, and GELU's result, stay.

@@ -76,7 +76,7 @@ def test_products_are_in_the_precision_asked_for_and_sums_in_float32(simulated):
         half, found = HALVES[kind.get("precision", "bf16")], figures["dtypes"]
         for layer in ("q_proj", "cross k_proj", "fc1", "fc2"):
             assert found[layer].endswith(f"-> {half}"), (kind, layer, found)
-        if "quantize" in kind:
+        if kind.get("tune") != "full":  # what a LayerNorm returns is cast once, below an adapter
             assert found["fc1"] == found["cross k_proj"] == f"{half} -> {half}", (kind, found)
         assert found["decoder layer_norm"].endswith("-> float32"), (kind, found)
         assert (found["loss"], found["gradient"]) == ("float32", "float32"), kind

@@ -16,6 +16,7 @@ SUFFIXES_TEXT = """
 mp4 mpeg mpg mts mxf oga ogg ogv opus spx ts voc w64 wav weba webm wma wmv wv
 """
 SUFFIXES = set(SUFFIXES_TEXT.split())
+OWN_STEMS = ("transcribe", "wer")  # of transcribe.json and wer.json in the output folder
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".txt")
 PATH_COLUMNS = ("path", "audio", "file", "audio_filepath", "file_name")
 
@@ -40,7 +41,8 @@ def changed(path: Path) -> int:
 def find_recordings(source: str) -> tuple[list[Recording], str]:
     """The recordings of `--audio`, and a line about files that were passed over, or "".
 
-    Two files that differ in their suffix only keep it in the names of their transcripts.
+    Two files that differ in their suffix only keep it in the names of their transcripts, and so
+    does a file whose transcript would have the name of a file of ours.
     """
     path = Path(source)
     if path.is_dir():
@@ -56,7 +58,7 @@ def find_recordings(source: str) -> tuple[list[Recording], str]:
             f"--audio {source}: holds no audio or video{passed_over and f' ({passed_over})'}: "
             "give a file, a folder or a manifest of recordings"
         )
-    stems = Counter(str(name.with_suffix("")) for _, name, _ in rows)
+    stems = Counter(str(name.with_suffix("")) for _, name, _ in rows) + Counter(OWN_STEMS)
     recordings = []
     for file, name, language in rows:
         stem = str(name.with_suffix(""))

@@ -86,6 +86,26 @@ def test_a_frozen_encoder_keeps_no_graph(base):
     assert model(input_features=features(1, 3000), decoder_input_ids=tokens).logits.requires_grad
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, None])
+def test_under_autocast_an_adapter_reads_half_precision_without_a_copy(base, half):
+    """PEFT would cast its input to float32, dropout copy that, and autocast cast it back."""
+    model = lora.add_lora(base, rank=4, alpha=8, targets=lora.LORA_TARGETS, dropout=0.1)
+    read, wanted = {}, half or torch.float32
+    for name, module in model.named_modules():
+        if name.endswith(("lora_A.default", "proj_out")):
+            module.register_forward_pre_hook(
+                lambda module, given, name=name: read.update({name: given[0].dtype})
+            )
+    with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None):
+        lora.DropoutMasks(model).draw(torch.tensor([5]))
+        tokens = torch.tensor([[257, 300, 5, 9]])
+        model.train()(input_features=features(1, 3000), decoder_input_ids=tokens)
+    head = {name: dtype for name, dtype in read.items() if name.endswith("proj_out")}
+    adapted = {name: dtype for name, dtype in read.items() if name not in head}
+    assert len(adapted) > 20 and set(adapted.values()) == {wanted}
+    assert set(head.values()) == {torch.float32}, "the loss is computed in float32"
+
+
 def drawn(p, widths, seeds):
     """The dropouts of adapters of these widths, with their masks for clips of these seeds."""
     dropouts = [lora.FeatureDropout(p, width) for width in widths]

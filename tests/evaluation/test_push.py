@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import launch
 import pytest
+import yaml
 from huggingface_hub.repocard import metadata_load
 from short_run import small_options, train
 
@@ -261,7 +262,8 @@ def test_an_evaluation_pushes_its_adapter_only_if_asked(hub, checkpoint, prepare
         "adapter": f"{run['output_dir']}/adapter", "output_dir": str(tmp_path / "wer"),
         "num_workers": 0, "panels": False,
     }  # fmt: skip
-    words = [sys.executable, "-c", EVALUATE, json.dumps([options, options | {"push_to_hub": REPO}])]
+    pushed = options | {"push_to_hub": REPO, "benchmark": "google/fleurs:mr_in"}
+    words = [sys.executable, "-c", EVALUATE, json.dumps([options, pushed])]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     own = environment(tmp_path, hub.address)
     with subprocess.Popen(words, cwd=launch.ROOT, env=own, text=True, **pipes) as process:
@@ -272,6 +274,8 @@ def test_an_evaluation_pushes_its_adapter_only_if_asked(hub, checkpoint, prepare
     (tmp_path / "README.md").write_bytes(hub.files["README.md"])
     metadata = metadata_load(tmp_path / "README.md")
     assert metadata["model-index"][0]["name"] == "whisper-mr"
+    (entry,) = yaml.safe_load(hub.files[".eval_results/google_fleurs_mr_in.yaml"])
+    assert entry["value"] == metadata["model-index"][0]["results"][0]["metrics"][0]["value"]
     assert f'"{REPO}"' in hub.files["README.md"].decode()
     assert not [name for name, content in hub.files.items() if str(tmp_path).encode() in content]
     assert not [name for name, content in hub.files.items() if str(checkpoint).encode() in content]

@@ -27,6 +27,13 @@ def test_a_folder_is_read_in_order_and_names_of_transcripts_differ(folder):
     assert names(folder / "a.wav") == (["a"], "")
 
 
+def test_no_transcript_has_the_name_of_a_file_of_ours(tmp_path):
+    for name in ("wer.wav", "transcribe.mp3", "b/wer.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert names(tmp_path)[0] == ["b/wer", "transcribe.mp3", "wer.wav"]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
