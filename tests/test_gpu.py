@@ -212,6 +212,15 @@ def measure_steps(
     return [float(loss) for loss in losses], seconds, peak
 
 
+def estimate_gib(trained: Trained, size: Size) -> float:
+    """Peak GiB of a step by the formula that sizes micro-batches."""
+    seconds = size.clips * size.positions / 50
+    return memory.predict_gib(
+        trained.base.config, memory.count_weights(trained.model), trained.step, seconds=seconds,
+        tokens_per_second=size.clips * size.tokens / seconds,
+    )  # fmt: skip
+
+
 def count_kernels(trained: Trained, inputs: dict[str, torch.Tensor], device: torch.device) -> int:
     """Kernels that a step launches, without copies and fills; 0 on a CPU."""
     if device.type == "cpu":
@@ -304,11 +313,7 @@ def test_each_precision_trains_and_decodes_within_the_estimate(
     assert all(0 < loss < 100 for loss in losses), losses
     assert losses[-1] < losses[0], f"one batch is learnt: {losses}"
 
-    window = size.clips * size.positions / 50
-    estimate = memory.predict_gib(
-        trained.base.config, memory.count_weights(trained.model), trained.step, seconds=window,
-        tokens_per_second=size.clips * size.tokens / window,
-    )  # fmt: skip
+    estimate = estimate_gib(trained, size)
     kernels = count_kernels(trained, inputs, device)
     gib, simulated_kernels = simulated(size)[kind] if size.model else (0.0, 0)
     note(
@@ -342,15 +347,13 @@ def test_a_step_at_natural_windows_costs_less_than_at_padded_ones(device, checkp
     trained = make_trained(path, precision.choose("auto") if size.model else "fp32", device)
     seconds, peaks = {}, {}
     for window in (natural, 1500):
-        inputs = make_inputs(trained.base, Size(size.model, clips, window, size.tokens // 2))
+        batch = Size(size.model, clips, window, size.tokens // 2)
+        inputs = make_inputs(trained.base, batch)
         _, seconds[window], peaks[window] = measure_steps(trained, inputs, device)
-        gib = memory.predict_gib(
-            trained.base.config, memory.count_weights(trained.model), trained.step,
-            seconds=clips * window / 50, tokens_per_second=size.tokens / 2 / (window / 50),
-        )  # fmt: skip
         note(
-            f"{size.model or 'tiny'} step, {clips} x {window / 50:g} s", estimate=gib,
-            peak=peaks[window] - others, seconds=seconds[window],
+            f"{size.model or 'tiny'} step, {clips} x {window / 50:g} s",
+            estimate=estimate_gib(trained, batch), peak=peaks[window] - others,
+            seconds=seconds[window],
         )  # fmt: skip
     assert seconds[natural] < seconds[1500]
     if device.type == "cuda":

@@ -77,8 +77,8 @@ class DropoutMasks:
         seeds = clip_seeds + numbers[:, None] * FEATURE_ROOM  # (adapters, B)
         features = torch.arange(width, device=clip_seeds.device)  # (D)
         kept = _hash(_hash(seeds)[:, :, None, None] + features) >= p * 2**32
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return (kept / (1 - p)).to(half or torch.float32)
+        autocast = torch.is_autocast_enabled(kind)
+        return (kept / (1 - p)).to(torch.get_autocast_dtype(kind) if autocast else torch.float32)
 
 
 def _hash(x: torch.Tensor) -> torch.Tensor:
