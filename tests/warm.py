@@ -2,11 +2,13 @@
 
 A server, a process of its own, imports what the scripts import; what it forks carries on as the
 script: a child of the process that asked for it, with its own arguments, environment, folder,
-output, process group and network, ended by the interpreter as usual. `accelerate launch` and the
-first process of a container (tests/container.py) start their processes the same way. They share
-the seed of `hash`, and AWS's toolkit starts Python anew in a container.
+output, process group and network. `accelerate launch` and the first process of a container
+(tests/container.py) start their processes the same way. They share the seed of `hash`, a process
+that is alone does not take down its modules at its end, and AWS's toolkit starts Python anew in a
+container.
 """
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -19,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -239,6 +242,29 @@ def run(words: list[str]) -> None:
     exec(code, main.__dict__)
 
 
+def run_to_the_end(words: list[str]) -> None:
+    """`run`, then what the interpreter does at the end of a process.
+
+    It would also take down all modules, which copies the server's memory: half a CPU second, more
+    than most scripts need. A process of a group does, for its threads could crash there.
+    """
+    try:
+        run(words)
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            raise
+        code = error.code or 0
+    else:
+        code = 0
+    if "RANK" in os.environ:
+        sys.exit(code)
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     before = dict(os.environ)
@@ -260,4 +286,4 @@ if __name__ == "__main__":
     while starts_others and (requests := fork_a_server()):
         command = become(*serve(requests))
         starts_others = command[:2] == ["-m", LAUNCHER]
-    run(command)
+    run_to_the_end(command)
