@@ -80,8 +80,8 @@ class Step:
 
     device: str  # "cpu" or "cuda"
     bytes_per_value: int  # of a product: 4 in float32, 2 in half precision
-    tune: str = "lora"  # as --tune, and so on
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    lora_targets: tuple[str, ...]  # as --lora_targets, and so on
+    tune: str = "lora"
     lora_scope: str = "all"
     quantize: str = "none"
     checkpointing: bool = False  # each layer keeps its input only and is computed again
