@@ -13,6 +13,7 @@ SMALL = {
     "lora_rank": 4,
     "lora_alpha": 8,
     "num_workers": 0,
+    "memory_gib": 4.0,  # not what other processes of the machine leave
 }
 AUGMENTED = {  # all that is drawn for clips
     "nospeech_share": 0.4,

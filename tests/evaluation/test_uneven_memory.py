@@ -19,7 +19,7 @@ def run_uneven(script, options, monkeypatch):
 def test_training_and_its_encoder_cache_are_those_of_one_process(
     checkpoint, prepared, tmp_path, monkeypatch
 ):
-    more = {"cache_encoder": True, "lora_scope": "decoder", "eval_every": 3}
+    more = {"cache_encoder": True, "lora_scope": "decoder", "eval_every": 3, "memory_gib": 0.0}
     options = small_options(checkpoint, prepared, tmp_path, **more)
     out = run_uneven("train_lora", options, monkeypatch)
     assert "micro-batches of 7 s of window" in out
