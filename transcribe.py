@@ -56,6 +56,7 @@ class Config:
     no_speech: float = 0.7  # drop a segment if the model is this sure that nobody speaks
     context: DecodeWindowMode = "auto"  # natural follows the speech, full is 30 s, auto: as trained
     batch_seconds: float = 240.0  # seconds of audio window per batch
+    num_beams: int = 1  # beams of the search; 1: greedy decoding
     precision: Precision = "auto"  # fp32, bf16 or fp16; auto: the GPU's best, or fp32 on a CPU
     manifest: str = ""  # JSON lines of clips for preprocess.py; empty: none
     min_confidence: float = 0.5  # probability of a token, on average, of a row of the manifest
@@ -124,6 +125,15 @@ def check(config: Config) -> None:
             (
                 bool(config.align) and config.task == "translate",
                 f"--align {config.align}: a translation matches no transcript: leave out --task",
+            ),
+            (config.num_beams < 1, f"--num_beams {config.num_beams}: give 1 or more"),
+            (
+                bool(config.manifest)
+                and not config.align
+                and config.num_beams > 1
+                and not is_export,
+                f"--num_beams {config.num_beams}: PyTorch gives no probability of such a text, by "
+                "which --manifest is filtered: leave it out, or export with --formats ct2",
             ),
             *cli.out_of_range(
                 config,
@@ -198,7 +208,9 @@ def main(config: Config) -> None:
     )
     meter = Meter(sum(announced_seconds(recording.path) for group in left for recording in group))
     language = language_code(config.language, "--language") if config.language else ""
-    options = Options(config.task, config.batch_seconds, no_speech_at=config.no_speech)
+    options = Options(
+        config.task, config.batch_seconds, no_speech_at=config.no_speech, num_beams=config.num_beams
+    )
     if config.word_times and left:
         stretches = read_stretches(recordings, vad, config.min_pause)
         options = replace(options, heads=find_heads(runtime, stretches, language, options))

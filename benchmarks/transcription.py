@@ -47,34 +47,35 @@ class Engine:
     title: str
     package: str  # that must be installed
     export: str
-    words: tuple[str, ...] = ()  # options of benchmarks.transcribers; none: transcribe.py
+    other: str = ""  # engine of benchmarks.transcribers; empty: transcribe.py
+    num_beams: int = 0  # 0: its default, which is 5 for faster-whisper and 1 otherwise
 
 
-BATCHED = ("--engine", "faster-whisper-batched")
-SEQUENTIAL = ("--engine", "faster-whisper")
-GREEDY = ("--beam_size", "1")
+BATCHED, SEQUENTIAL = "faster-whisper-batched", "faster-whisper"
+BEAMS = 5
 ENGINES = {
     "ours_torch": Engine("ours, PyTorch float32", "torch", "hf"),
     "ours_ct2": Engine("ours, CTranslate2 float32", "ctranslate2", "ct2_float32"),
     "ours_ct2_int8": Engine("ours, CTranslate2 int8", "ctranslate2", "ct2_int8"),
+    "ours_ct2_beams": Engine(
+        "ours, CTranslate2 float32, 5 beams", "ctranslate2", "ct2_float32", num_beams=BEAMS
+    ),
+    "ours_ct2_int8_beams": Engine(
+        "ours, CTranslate2 int8, 5 beams", "ctranslate2", "ct2_int8", num_beams=BEAMS
+    ),
     "fw_batched": Engine(
         "faster-whisper batched, float32", "faster_whisper", "ct2_float32", BATCHED
     ),
     "fw": Engine("faster-whisper, float32", "faster_whisper", "ct2_float32", SEQUENTIAL),
-    "whisper_cpp": Engine(
-        "whisper.cpp, float16", "pywhispercpp", GGML, ("--engine", "whisper.cpp")
-    ),
+    "whisper_cpp": Engine("whisper.cpp, float16", "pywhispercpp", GGML, "whisper.cpp"),
     "fw_batched_int8": Engine(
         "faster-whisper batched, int8", "faster_whisper", "ct2_int8", BATCHED
     ),
     "fw_batched_greedy": Engine(
-        "faster-whisper batched, float32, greedy",
-        "faster_whisper",
-        "ct2_float32",
-        BATCHED + GREEDY,
+        "faster-whisper batched, float32, greedy", "faster_whisper", "ct2_float32", BATCHED, 1
     ),
     "fw_greedy": Engine(
-        "faster-whisper, float32, greedy", "faster_whisper", "ct2_float32", SEQUENTIAL + GREEDY
+        "faster-whisper, float32, greedy", "faster_whisper", "ct2_float32", SEQUENTIAL, 1
     ),
 }
 
@@ -193,15 +194,17 @@ def transcribe(
     common = ["--audio", folder, "--model", model, "--language", config.language]
     environment = {"OMP_NUM_THREADS": str(config.num_threads)}
     log = output.with_suffix(".log")
-    if engine.words:
-        command = ["-m", "benchmarks.transcribers", *engine.words, *common, "--output", output]
-        command += ["--num_threads", config.num_threads]
+    if engine.other:
+        command = ["-m", "benchmarks.transcribers", "--engine", engine.other, *common]
+        command += ["--output", output, "--num_threads", config.num_threads]
+        command += ["--beam_size", engine.num_beams]
         cost = process.run(command, log, environment)
         rows = map(json.loads, output.read_text(encoding="utf-8").splitlines())
         return cost, {
             row["file"]: Transcript(row["text"], tuple(map(tuple, row["words"]))) for row in rows
         }
     command = ["transcribe.py", *common, "--formats", "json", "--output_dir", output]
+    command += ["--num_beams", engine.num_beams or 1]
     cost = process.run(command, log, environment)
     transcripts = {}
     for file in sorted(output.glob("*.json")):

@@ -152,8 +152,13 @@ def decode_encoded(
     languages: Sequence[str] | None,
     task: str,
     caps: Sequence[int],
+    num_beams: int = 1,
 ) -> list[Decoded]:
-    """Decode clips that `encode_windows` has encoded; else as `decode`."""
+    """Decode clips that `encode_windows` has encoded; else as `decode`.
+
+    With beams the engine ranks texts by the mean log-probability of their tokens, as faster-whisper
+    has it do; `generate` of transformers ends its search by another rule.
+    """
     texts = [Decoded([], None)] * len(caps)
     for rows, states in encoded:
         prompts = [
@@ -164,9 +169,9 @@ def decode_encoded(
         results = model.engine.generate(
             states,
             prompts,
-            beam_size=1,
+            beam_size=num_beams,
             max_length=2 * cap,  # of which the engine leaves one half to the text
-            length_penalty=0,  # scores are sums
+            length_penalty=int(num_beams > 1),  # without beams scores are sums
             return_scores=True,
             return_no_speech_prob=True,
         )
@@ -174,6 +179,8 @@ def decode_encoded(
             [tokens], [score] = result.sequences_ids, result.scores
             # A longer clip of the batch may have a higher cap: how far a text went on that hit its
             # own, and so its score, depends on the batch.
+            if num_beams > 1:  # a mean that leaves out the end token
+                score *= max(len(tokens), 1)
             logprob = score / (len(tokens) + 1) if len(tokens) < caps[row] else None
             texts[row] = Decoded(tokens[: caps[row]], logprob, result.no_speech_prob)
     return texts

@@ -60,9 +60,15 @@ class Runtime(Protocol):
         """The probability (B, L) of each language among all."""
 
     def decode(
-        self, encoded: Any, *, languages: Sequence[str], task: str, caps: Sequence[int]
+        self,
+        encoded: Any,
+        *,
+        languages: Sequence[str],
+        task: str,
+        caps: Sequence[int],
+        num_beams: int,
     ) -> list[Decoded]:
-        """Texts (B), greedily, of at most `caps` (B) tokens each, with no-speech probabilities."""
+        """Texts (B) of at most `caps` (B) tokens each, with no-speech probabilities."""
 
     def align(self, encoded: Any, texts: Mapping[int, Text], heads: Heads) -> dict[int, Aligned]:
         """When the tokens of some clips were spoken, by clip."""
@@ -135,7 +141,13 @@ class TorchRuntime:
         return shares / shares.sum(dim=1, keepdim=True)
 
     def decode(
-        self, encoded: TorchEncoded, *, languages: Sequence[str], task: str, caps: Sequence[int]
+        self,
+        encoded: TorchEncoded,
+        *,
+        languages: Sequence[str],
+        task: str,
+        caps: Sequence[int],
+        num_beams: int,
     ) -> list[Decoded]:
         texts = decoding.decode_encoded(
             self.system.model,
@@ -143,6 +155,7 @@ class TorchRuntime:
             languages=languages if self.languages else None,
             task=task,
             caps=caps,
+            num_beams=num_beams,
             cross=encoded.cross,
         )
         silent = no_speech_probabilities(encoded.start, self.tokenizer)
@@ -233,7 +246,13 @@ class CT2Runtime:
         return torch.tensor(shares)
 
     def decode(
-        self, encoded: Any, *, languages: Sequence[str], task: str, caps: Sequence[int]
+        self,
+        encoded: Any,
+        *,
+        languages: Sequence[str],
+        task: str,
+        caps: Sequence[int],
+        num_beams: int,
     ) -> list[Decoded]:
         return ct2.decode_encoded(
             self.model,
@@ -241,6 +260,7 @@ class CT2Runtime:
             languages=languages if self.languages else None,
             task=task,
             caps=caps,
+            num_beams=num_beams,
         )
 
     def align(self, encoded: Any, texts: Mapping[int, Text], heads: Heads) -> dict[int, Aligned]:

@@ -48,7 +48,7 @@ class Segment:
     text: str
     language: str  # "" for an English-only model
     language_probability: float | None  # that the model gives this language on this stretch
-    logprob: float | None  # mean of its tokens
+    logprob: float | None  # mean of its tokens; None: not known, as with PyTorch's beams
     no_speech_probability: float | None
     decoded_again: bool  # at 30 seconds, as its own window gave a loop or hit the cap
     dropped: str = ""  # why its text is not written: no_speech, repetition, or "" where it is
@@ -66,6 +66,7 @@ class Options:
     batch_seconds: float  # of window in a batch
     heads: Sequence[tuple[int, int]] = ()  # of alignment; none: words get no times
     no_speech_at: float = NO_SPEECH_AT
+    num_beams: int = 1
 
 
 def decode_stretches(
@@ -147,7 +148,9 @@ def _decode_at_once(
         ]
         codes, likely = zip(*choices, strict=True)
     caps = [token_cap(stretch.seconds, TOKENS_PER_SECOND) for stretch in stretches]
-    texts = runtime.decode(encoded, languages=codes, task=options.task, caps=caps)
+    texts = runtime.decode(
+        encoded, languages=codes, task=options.task, caps=caps, num_beams=options.num_beams
+    )
     words = _word_times(runtime, stretches, encoded, codes, texts, batch, options)
     segments = []
     for row, (stretch, text) in enumerate(zip(stretches, texts, strict=True)):

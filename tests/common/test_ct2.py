@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from transformers import WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
 
 from common import ct2, decoding, labels, whisper
 from common.cli import UserError
@@ -47,6 +48,29 @@ def test_the_tokens_and_their_probabilities_are_those_of_pytorch(ending):
     assert 2 < sum(cut) < 8, "some texts end by themselves, some at their cap"
     for own, other, is_cut in zip(decoded, wanted, cut, strict=True):
         assert own.logprob == pytest.approx(other.logprob, abs=1e-4) or (is_cut and not own.logprob)
+
+
+@torch.inference_mode()
+def test_the_log_probability_of_a_text_found_with_beams_is_the_mean_of_its_tokens(ending):
+    model, exported = ending
+    waves, config = tiny.waves(4, 288), model.generation_config
+    [(rows, states)] = decoding.encode_windows(model, waves, [288] * 4)
+    given = {"languages": ["mr"] * 4, "task": "transcribe", "caps": [440] * 4}
+    encoded = ct2.encode_windows(exported, waves, [288] * 4)
+    greedy = ct2.decode_encoded(exported, encoded, **given)
+    decoded = ct2.decode_encoded(exported, encoded, **given, num_beams=4)
+    assert [own.tokens for own in decoded] != [own.tokens for own in greedy]
+    prompt = labels.prompt(exported.tokenizer, "mr", "transcribe")
+    for row, own in zip(rows, decoded, strict=True):
+        tokens = torch.tensor([[*prompt, *own.tokens, tiny.END]])
+        output = model(
+            encoder_outputs=BaseModelOutput(states[[row]]), decoder_input_ids=tokens[:, :-1]
+        )
+        logits = output.logits[0, len(prompt) - 1 :]
+        logits[:, config.suppress_tokens] = -torch.inf
+        logits[0, config.begin_suppress_tokens] = -torch.inf
+        chosen = logits.log_softmax(dim=1).gather(1, tokens[0, len(prompt) :, None])
+        assert own.logprob == pytest.approx(chosen.mean().item(), abs=1e-4)
 
 
 @torch.inference_mode()

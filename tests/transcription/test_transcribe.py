@@ -274,9 +274,25 @@ def test_a_run_with_ctranslate2_is_resumed_and_does_not_depend_on_batches(
     assert contents(alone) == contents(whole)
 
 
+@pytest.mark.parametrize("name", ["hf", "float32"])
+def test_beams_give_other_texts_which_do_not_depend_on_batches_either(
+    exported, folder, tmp_path, name
+):
+    rows = []
+    for index, options in enumerate([{}, {"num_beams": 4}, {"num_beams": 4, "batch_seconds": 1.0}]):
+        output = tmp_path / str(index)
+        run(exported / name, folder / "day", output, formats="json", word_times=False, **options)
+        rows.append(rows_of(output, "talk.flac")[1])
+    greedy, beams, alone = rows
+    assert beams == alone
+    assert [row["text"] for row in beams] != [row["text"] for row in greedy]
+    assert all((row["logprob"] is None) is (name == "hf") for row in beams)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
+        ("hf", {"num_beams": 5, "manifest": "a.jsonl"}, "--num_beams 5: PyTorch gives no"),
         ("float32", {"runtime": "torch"}, "--runtime torch: --model .* is a CTranslate2 export"),
         ("hf", {"runtime": "ct2"}, "--runtime ct2: --model .* has no model.bin: give a folder"),
         ("float32", {"adapter": "run/adapter"}, "--adapter run/adapter: cannot be added"),
@@ -397,6 +413,7 @@ def test_speech_is_not_lost(speech):
         ),
         ({"language": "mr", "language_by_segment": True}, "--language mr: is not detected"),
         ({"min_pause": 0.0}, "--min_pause 0.0: give a positive number"),
+        ({"num_beams": 0}, "--num_beams 0: give 1 or more"),
         ({"audio": "nowhere"}, "--audio nowhere: does not exist"),
         ({"align": "a.txt"}, "--align a.txt: clips are written to --manifest: give it a file"),
         ({"reference": "a.txt", "formats": "srt"}, "--reference a.txt: .* add json to --formats"),
