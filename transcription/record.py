@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def open_folder(folder: Path, config: Any, runtime: Runtime) -> None:
             raise UserError(
                 f"--output_dir {folder}: its {FILE_NAME} is damaged: give another folder"
             ) from error
+        # An older version had fewer options: it worked by what is their default now.
+        before = {own.name: own.default for own in fields(config)} | before
         changed = [name for name, own in decisive.items() if before.get(name) != own]
         if changed:
             name = changed[0]

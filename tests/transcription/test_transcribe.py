@@ -168,6 +168,18 @@ def test_a_finished_folder_is_left_as_it_is_and_other_options_are_refused(
         run(talker, folder, transcripts, language="hi")
 
 
+def test_a_folder_of_a_version_with_fewer_options_is_resumed(transcripts, talker, folder, capsys):
+    file = transcripts / "transcribe.json"
+    record = json.loads(file.read_text())
+    del record["decisive"]["num_beams"]
+    file.write_text(json.dumps(record))
+    with pytest.raises(cli.UserError, match=r"--output_dir .*\(num_beams 1, now 2\)"):
+        run(talker, folder, transcripts, num_beams=2)
+    with pytest.raises(SystemExit):
+        run(talker, folder, transcripts)
+    assert "4 recordings, 3 transcribed before" in capsys.readouterr().out
+
+
 def test_the_text_does_not_depend_on_batches_and_languages_are_detected(talker, folder, tmp_path):
     texts = []
     for batch_seconds in (1.0, 240.0):
