@@ -150,7 +150,11 @@ def load_runtime(
     """The model, ready to decode in PyTorch or, if it is an export for it, in CTranslate2."""
     if ct2.is_ct2(config.model):
         return load_ct2(
-            config.model, tokenizer, window_mode=config.context, device=accelerator.device
+            config.model,
+            tokenizer,
+            window_mode=config.context,
+            device=accelerator.device,
+            num_beams=config.num_beams,
         )
     system = load_system(
         config.model,
@@ -160,7 +164,7 @@ def load_runtime(
         window_mode=config.context,
         dtype=DTYPES[config.precision],
     )
-    return TorchRuntime(system, config.precision)
+    return TorchRuntime(system, config.precision, config.num_beams)
 
 
 def main(config: Config) -> None:
@@ -208,9 +212,7 @@ def main(config: Config) -> None:
     )
     meter = Meter(sum(announced_seconds(recording.path) for group in left for recording in group))
     language = language_code(config.language, "--language") if config.language else ""
-    options = Options(
-        config.task, config.batch_seconds, no_speech_at=config.no_speech, num_beams=config.num_beams
-    )
+    options = Options(config.task, config.batch_seconds, no_speech_at=config.no_speech)
     if config.word_times and left:
         stretches = read_stretches(recordings, vad, config.min_pause)
         options = replace(options, heads=find_heads(runtime, stretches, language, options))

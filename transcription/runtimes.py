@@ -60,13 +60,7 @@ class Runtime(Protocol):
         """The probability (B, L) of each language among all."""
 
     def decode(
-        self,
-        encoded: Any,
-        *,
-        languages: Sequence[str],
-        task: str,
-        caps: Sequence[int],
-        num_beams: int,
+        self, encoded: Any, *, languages: Sequence[str], task: str, caps: Sequence[int]
     ) -> list[Decoded]:
         """Texts (B) of at most `caps` (B) tokens each, with no-speech probabilities."""
 
@@ -98,6 +92,7 @@ class TorchRuntime:
 
     system: System
     precision: str
+    num_beams: int = 1
     kind: RuntimeKind = "torch"
 
     @property
@@ -141,13 +136,7 @@ class TorchRuntime:
         return shares / shares.sum(dim=1, keepdim=True)
 
     def decode(
-        self,
-        encoded: TorchEncoded,
-        *,
-        languages: Sequence[str],
-        task: str,
-        caps: Sequence[int],
-        num_beams: int,
+        self, encoded: TorchEncoded, *, languages: Sequence[str], task: str, caps: Sequence[int]
     ) -> list[Decoded]:
         texts = decoding.decode_encoded(
             self.system.model,
@@ -155,7 +144,7 @@ class TorchRuntime:
             languages=languages if self.languages else None,
             task=task,
             caps=caps,
-            num_beams=num_beams,
+            num_beams=self.num_beams,
             cross=encoded.cross,
         )
         silent = no_speech_probabilities(encoded.start, self.tokenizer)
@@ -208,6 +197,7 @@ class CT2Runtime:
     folder: str
     window_mode: DecodeWindowMode
     margin: DecodeMargin
+    num_beams: int = 1
     kind: RuntimeKind = "ct2"
 
     @property
@@ -246,13 +236,7 @@ class CT2Runtime:
         return torch.tensor(shares)
 
     def decode(
-        self,
-        encoded: Any,
-        *,
-        languages: Sequence[str],
-        task: str,
-        caps: Sequence[int],
-        num_beams: int,
+        self, encoded: Any, *, languages: Sequence[str], task: str, caps: Sequence[int]
     ) -> list[Decoded]:
         return ct2.decode_encoded(
             self.model,
@@ -260,7 +244,7 @@ class CT2Runtime:
             languages=languages if self.languages else None,
             task=task,
             caps=caps,
-            num_beams=num_beams,
+            num_beams=self.num_beams,
         )
 
     def align(self, encoded: Any, texts: Mapping[int, Text], heads: Heads) -> dict[int, Aligned]:
@@ -321,6 +305,7 @@ def load_ct2(
     *,
     window_mode: DecodeWindowMode,
     device: torch.device,
+    num_beams: int = 1,
 ) -> CT2Runtime:
     """Load an export, with the window that its model was trained for.
 
@@ -336,4 +321,4 @@ def load_ct2(
     record = read_record(model, "--model")
     policy = record and record["window"]
     mode = trained_mode(policy) if window_mode == "auto" else window_mode
-    return CT2Runtime(loaded, model, mode, decode_margin(policy))
+    return CT2Runtime(loaded, model, mode, decode_margin(policy), num_beams)

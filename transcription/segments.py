@@ -66,7 +66,6 @@ class Options:
     batch_seconds: float  # of window in a batch
     heads: Sequence[tuple[int, int]] = ()  # of alignment; none: words get no times
     no_speech_at: float = NO_SPEECH_AT
-    num_beams: int = 1
 
 
 def decode_stretches(
@@ -148,9 +147,7 @@ def _decode_at_once(
         ]
         codes, likely = zip(*choices, strict=True)
     caps = [token_cap(stretch.seconds, TOKENS_PER_SECOND) for stretch in stretches]
-    texts = runtime.decode(
-        encoded, languages=codes, task=options.task, caps=caps, num_beams=options.num_beams
-    )
+    texts = runtime.decode(encoded, languages=codes, task=options.task, caps=caps)
     words = _word_times(runtime, stretches, encoded, codes, texts, batch, options)
     segments = []
     for row, (stretch, text) in enumerate(zip(stretches, texts, strict=True)):
