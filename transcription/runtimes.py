@@ -35,6 +35,9 @@ from transcription.alignment import Aligned, Text
 
 FRAMES_PER_POSITION = 2
 PROBE = 16  # values of each tensor that identify weights
+# Tokens that the engine aligns at once: for each it holds the scores of the whole vocabulary, 0.2
+# MB, more than once.
+ALIGNED_TOKENS = 512
 # By which weights are known to say that nobody speaks: a tokenizer has one of them.
 NO_SPEECH_TOKENS = ("<|nospeech|>", "<|nocaptions|>")
 RuntimeKind = Literal["auto", "torch", "ct2"]
@@ -255,18 +258,21 @@ class CT2Runtime:
         aligned = {}
         for group, states in encoded:
             for prompt in {tuple(texts[row].prompt) for row in group if row in texts}:
-                rows = [row for row in group if row in texts and prompt == tuple(texts[row].prompt)]
-                results = self.model.engine.align(
-                    _rows_of(states, [group.index(row) for row in rows]),
-                    list(prompt[:-1]),  # it adds the token of no timestamps
-                    [list(texts[row].tokens) for row in rows],
-                    [FRAMES_PER_POSITION * texts[row].positions for row in rows],
-                )
-                for row, result in zip(rows, results, strict=True):
-                    starts = _first_positions(result.alignments, len(texts[row].tokens) + 1)
-                    aligned[row] = Aligned(
-                        starts / POSITIONS_PER_SECOND, np.array(result.text_token_probs)
+                own = [row for row in group if row in texts and prompt == tuple(texts[row].prompt)]
+                longest = len(prompt) + max(len(texts[row].tokens) for row in own)
+                size = max(1, ALIGNED_TOKENS // longest)
+                for rows in (own[start : start + size] for start in range(0, len(own), size)):
+                    results = self.model.engine.align(
+                        _rows_of(states, [group.index(row) for row in rows]),
+                        list(prompt[:-1]),  # it adds the token of no timestamps
+                        [list(texts[row].tokens) for row in rows],
+                        [FRAMES_PER_POSITION * texts[row].positions for row in rows],
                     )
+                    for row, result in zip(rows, results, strict=True):
+                        starts = _first_positions(result.alignments, len(texts[row].tokens) + 1)
+                        aligned[row] = Aligned(
+                            starts / POSITIONS_PER_SECOND, np.array(result.text_token_probs)
+                        )
         return aligned
 
     def configured_heads(self) -> Heads:

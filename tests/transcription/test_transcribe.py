@@ -21,6 +21,7 @@ from demo import espeak
 from evaluation import sounds
 from transcription import pipeline
 from transcription.formats import FORMATS
+from transcription.segments import decode_stretches
 from transcription.stretches import find_stretches
 from transcription.vad import load_vad
 
@@ -151,6 +152,26 @@ def killed_at(name, read, path):
     if path.name == name:
         raise KeyboardInterrupt
     yield from itertools.islice(read(path), 20, None)
+
+
+def test_little_speech_is_held_however_long_a_recording_is(talker, speech, tmp_path, monkeypatch):
+    samples, _ = speech
+    soundfile.write(tmp_path / "long.wav", np.tile(samples, 4), 16_000)
+    held = []
+
+    def decode(runtime, stretches, languages, options):
+        held.append([stretch.seconds for stretch in stretches])
+        return decode_stretches(runtime, stretches, languages, options)
+
+    monkeypatch.setattr(pipeline, "decode_stretches", decode)
+    whole = run(talker, tmp_path / "long.wav", tmp_path / "whole")
+    assert len(held) == 1 and len(held[0]) == 4 * len(SENTENCES)
+    [all_at_once], held = held, []
+    monkeypatch.setattr(pipeline, "WAITING_SECONDS", 4.0)
+    in_parts = run(talker, tmp_path / "long.wav", tmp_path / "in_parts")
+    assert contents(whole) == contents(in_parts)
+    assert list(itertools.chain(*held)) == all_at_once and len(held) > 3
+    assert all(sum(own[:-1]) < 4.0 for own in held)
 
 
 def test_a_finished_folder_is_left_as_it_is_and_other_options_are_refused(
