@@ -80,10 +80,15 @@ def decode_stretches(
         (B) segments, those that are dropped among them.
     """
     segments: dict[int, Segment] = {}
-    plan = _plan(runtime, stretches, options, runtime.window_mode)
-    for batch in plan:
-        segments |= _decode_batch(runtime, stretches, languages, batch, options)
-    failed = [index for index, segment in segments.items() if segment.dropped == FAILED]
+    failed = []
+    for batch in _plan(runtime, stretches, options, runtime.window_mode):
+        own = _decode_batch(runtime, stretches, languages, batch, options)
+        segments |= own
+        failed += [
+            index
+            for index, window in zip(batch.clips, batch.windows, strict=True)
+            if own[index].dropped == FAILED and window < windows.FULL_WINDOW
+        ]
     if failed:
         again = [stretches[index] for index in failed]
         for batch in _plan(runtime, again, options, "full"):

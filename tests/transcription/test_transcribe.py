@@ -421,6 +421,9 @@ def test_what_is_dropped_is_listed_with_its_reason(talker, checkpoint, folder, t
         assert all(
             row["text"] and row["decoded_again"] == (reason == "repetition") for row in dropped
         )
+    padded = run(checkpoint, talk, tmp_path / "padded", no_speech=1.0, context="full", **options)
+    rows = json.loads((padded / "talk.json").read_text())["dropped"]
+    assert [(row["dropped"], row["decoded_again"]) for row in rows] == [("repetition", False)] * 3
 
 
 def test_speech_is_not_lost(speech):
