@@ -58,7 +58,8 @@ class Config:
     context: WindowMode = "auto"  # our window in training; the recipe's is always full
     max_seconds: float = 30.0  # longer clips are left out on both sides
     quality_clips: str = "96,128,160,256,523"  # until ours is as good; empty leaves this out
-    quality_batch_size: int = 4  # clips per step of those runs
+    quality_batch_size: int = 2  # clips per step of those runs
+    quality_learning_rate: float = 7e-4  # peak of those runs
 
 
 def scores(references: list[str], hypotheses: list[str]) -> dict[str, float]:
@@ -156,7 +157,8 @@ def until_as_good(
         options = [
             "--global_batch_size", config.quality_batch_size,
             "--max_steps", max(1, round(clips / config.quality_batch_size)),
-            "--precision", precision, "--learning_rate", config.learning_rate, "--seed", seed,
+            "--precision", precision, "--learning_rate", config.quality_learning_rate,
+            "--seed", seed,
         ]  # fmt: skip
         stages = our_training(config.model, work / str(clips), data, precision, options)
         run = {name: stages["train"][name] for name in ("clips", "steps", "seconds")}

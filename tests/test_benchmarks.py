@@ -157,10 +157,10 @@ def test_time_to_quality_ends_at_the_first_run_that_is_as_good(tmp_path, monkeyp
     rates = {40: (50.0, 41.0), 80: (39.0, 40.0), 120: (30.0, 30.0)}  # at both windows, by clips
 
     def train(model, run, data, precision, options):
-        clips = 4 * options[options.index("--max_steps") + 1]
+        clips = 2 * options[options.index("--max_steps") + 1]
         natural, full = ({"scores": {"wer": rate}} for rate in rates[clips])
         return {
-            "train": {"clips": clips, "steps": clips // 4, "seconds": clips / 2},
+            "train": {"clips": clips, "steps": clips // 2, "seconds": clips / 2},
             "evaluate": natural,
             "evaluate_full": full,
         }

@@ -259,21 +259,30 @@ class CT2Runtime:
         for group, states in encoded:
             for prompt in {tuple(texts[row].prompt) for row in group if row in texts}:
                 own = [row for row in group if row in texts and prompt == tuple(texts[row].prompt)]
-                longest = len(prompt) + max(len(texts[row].tokens) for row in own)
-                size = max(1, ALIGNED_TOKENS // longest)
+                size = max(1, ALIGNED_TOKENS // max(len(texts[row].tokens) for row in own))
                 for rows in (own[start : start + size] for start in range(0, len(own), size)):
-                    results = self.model.engine.align(
-                        _rows_of(states, [group.index(row) for row in rows]),
-                        list(prompt[:-1]),  # it adds the token of no timestamps
-                        [list(texts[row].tokens) for row in rows],
-                        [FRAMES_PER_POSITION * texts[row].positions for row in rows],
-                    )
-                    for row, result in zip(rows, results, strict=True):
-                        starts = _first_positions(result.alignments, len(texts[row].tokens) + 1)
-                        aligned[row] = Aligned(
-                            starts / POSITIONS_PER_SECOND, np.array(result.text_token_probs)
-                        )
+                    some = _rows_of(states, [group.index(row) for row in rows])
+                    times = self._align_at_once(some, prompt, [texts[row] for row in rows])
+                    aligned |= dict(zip(rows, times, strict=True))
         return aligned
+
+    def _align_at_once(
+        self, states: Any, prompt: Sequence[int], texts: Sequence[Text]
+    ) -> list[Aligned]:
+        """Align clips (B) of one window and prompt with their texts (B)."""
+        results = self.model.engine.align(
+            states,
+            list(prompt[:-1]),  # it adds the token of no timestamps
+            [list(text.tokens) for text in texts],
+            [FRAMES_PER_POSITION * text.positions for text in texts],
+        )
+        return [
+            Aligned(
+                _first_positions(result.alignments, len(text.tokens) + 1) / POSITIONS_PER_SECOND,
+                np.array(result.text_token_probs),
+            )
+            for text, result in zip(texts, results, strict=True)
+        ]
 
     def configured_heads(self) -> Heads:
         config = json.loads((Path(self.folder) / "config.json").read_text(encoding="utf-8"))
