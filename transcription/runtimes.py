@@ -293,13 +293,12 @@ class CT2Runtime:
 
 
 def _rows_of(states: Any, rows: Sequence[int]) -> Any:
-    """Some rows of an array of the engine."""
+    """Some rows of an array of the engine, which is on the CPU."""
     import ctranslate2
 
     if len(rows) == states.shape[0]:
         return states
-    values = np.array(states.to_device(ctranslate2.Device.cpu))[list(rows)]
-    return ctranslate2.StorageView.from_array(values)
+    return ctranslate2.StorageView.from_array(np.asarray(states)[list(rows)])
 
 
 def _first_positions(path: Sequence[tuple[int, int]], tokens: int) -> np.ndarray:
