@@ -1,13 +1,14 @@
 """Tables and plot of benchmarks/versus_recipe.py: medians, ratios, time to the same error rate."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 SIDES = ("recipe", "ours")
 WINDOWS = {"natural": "evaluate", "full": "evaluate_full"}  # that ours is scored at: the stage
@@ -132,18 +133,36 @@ def is_as_good(ours: dict[str, Any], recipe: dict[str, Any]) -> bool:
     return all(ours[window]["wer"] <= recipe["scores"]["wer"] for window in WINDOWS)
 
 
+def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each figure of runs of equal shape."""
+    return {
+        name: mean_of([run[name] for run in runs])
+        if isinstance(value, dict)
+        else statistics.mean(run[name] for run in runs)
+        for name, value in runs[0].items()
+    }
+
+
 def quality_table(seeds: list[dict[str, Any]]) -> str:
-    """A line a run, in Markdown."""
+    """A line a run, in Markdown, then the means over the seeds."""
+    runs_of_all = zip(*(outcome["ours"] for outcome in seeds), strict=False)
+    mean = {
+        "seed": "mean",
+        "recipe": mean_of([outcome["recipe"] for outcome in seeds]),
+        "ours": [mean_of(runs) for runs in runs_of_all],
+    }
     lines = [
-        "| seed | side | clips | seconds of training | WER, natural | WER, 30 s | times as fast |",
+        "| seed | side | clips | seconds of training | WER / CER, natural | WER / CER, 30 s "
+        "| times as fast |",
         "|---|---|---|---|---|---|---|",
     ]
-    for outcome in seeds:
+    for outcome in (*seeds, mean) if len(seeds) > 1 else seeds:
         recipe = outcome["recipe"]
-        cells = f"{recipe['clips']} | {recipe['seconds']:.0f} | | {recipe['scores']['wer']:.1f}"
+        rates = "{wer:.1f} / {cer:.1f}".format(**recipe["scores"])
+        cells = f"{recipe['clips']} | {recipe['seconds']:.0f} | | {rates}"
         lines.append(f"| {outcome['seed']} | recipe | {cells} | |")
         for run in outcome["ours"]:
-            rates = " | ".join(f"{run[window]['wer']:.1f}" for window in WINDOWS)
+            rates = " | ".join("{wer:.1f} / {cer:.1f}".format(**run[name]) for name in WINDOWS)
             good = is_as_good(run, recipe)
             ratio = f"{recipe['seconds'] / run['seconds']:.1f}" if good else "not as good"
             cells = f"{run['clips']} | {run['seconds']:.0f} | {rates} | {ratio}"
@@ -173,6 +192,9 @@ def plot_quality(seeds: list[dict[str, Any]], file: Path) -> None:
         dot = [recipe["seconds"]], [recipe["scores"]["wer"]]
         axes.plot(*dot, "s", color=color, label=f"recipe, 30 s, {outcome['seed']}")
     axes.set(xscale="log", xlabel="seconds of training", ylabel="WER, %")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter("")
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import launch
 import numpy as np
@@ -153,7 +154,7 @@ def test_both_sides_run_and_every_figure_is_written(checkpoint, tmp_path, forked
         versus_recipe.main(config)
 
 
-def test_time_to_quality_ends_at_the_first_run_that_is_as_good(tmp_path, monkeypatch):
+def test_time_to_quality_is_that_of_the_fewest_clips_that_are_as_good(tmp_path, monkeypatch):
     rates = {40: (50.0, 41.0), 80: (39.0, 40.0), 120: (30.0, 30.0)}  # at both windows, by clips
 
     def train(model, run, data, precision, options):
@@ -168,30 +169,33 @@ def test_time_to_quality_ends_at_the_first_run_that_is_as_good(tmp_path, monkeyp
     monkeypatch.setattr(versus_recipe, "our_training", train)
     config = versus_recipe.Config("data", "model", quality_clips="120,40,80")
     recipe = {"train": {"seconds": 400.0}, "evaluate": {"scores": {"wer": 40.0}}}
-    found = versus_recipe.until_as_good(config, tmp_path / "work", tmp_path, "fp32", 1, recipe)
-    assert [run["clips"] for run in found["ours"]] == [40, 80], "the fewest clips first"
+    found = versus_recipe.time_to_quality(config, tmp_path / "work", tmp_path, "fp32", 1, recipe)
+    assert [run["clips"] for run in found["ours"]] == [40, 80, 120], "the whole curve"
     assert (found["seconds"], found["ratio"]) == (40.0, 10.0)
     config = replace(config, quality_clips="40")
-    found = versus_recipe.until_as_good(config, tmp_path / "next", tmp_path, "fp32", 1, recipe)
+    found = versus_recipe.time_to_quality(config, tmp_path / "next", tmp_path, "fp32", 1, recipe)
     assert (found["seconds"], found["ratio"]) == (None, None)
 
 
 def test_as_good_means_at_both_windows_and_no_ratio_is_given_otherwise():
-    recipe = {"clips": 8, "seconds": 100.0, "scores": {"wer": 50.0}}
-    runs = [
-        {"clips": 2, "seconds": 5.0, "natural": {"wer": 40.0}, "full": {"wer": 50.1}},
-        {"clips": 4, "seconds": 10.0, "natural": {"wer": 49.0}, "full": {"wer": 50.0}},
-    ]
+    def ours(clips: int, *rates: float) -> dict[str, Any]:
+        natural, full = ({"wer": rate, "cer": 1.0} for rate in rates)
+        return {"clips": clips, "seconds": 2.5 * clips, "natural": natural, "full": full}
+
+    recipe = {"clips": 8, "seconds": 100.0, "scores": {"wer": 50.0, "cer": 1.0}}
+    runs = [ours(2, 40.0, 50.1), ours(4, 49.0, 50.0)]
     assert [versus_tables.is_as_good(run, recipe) for run in runs] == [False, True]
-    both = [
-        {"seed": 1, "recipe": recipe, "ours": runs, "seconds": 10.0, "ratio": 10.0},
-        {"seed": 2, "recipe": recipe, "ours": runs[:1], "seconds": None, "ratio": None},
+    seeds = [
+        {"seed": 1, "recipe": recipe, "ours": runs, "ratio": 10.0},
+        {"seed": 2, "recipe": recipe, "ours": [ours(2, 43.0, 48.0)], "ratio": 20.0},
+        {"seed": 3, "recipe": recipe, "ours": [ours(2, 40.0, 50.4)], "ratio": None},
     ]
-    lines = versus_tables.quality_table(both).splitlines()
-    assert [line.split(" | ")[-1] for line in lines[2:7]] == [
-        "|", "not as good |", "10.0 |", "|", "not as good |"
+    lines = versus_tables.quality_table(seeds).splitlines()
+    assert [line.split(" | ")[-1] for line in lines[2:11]] == [
+        "|", "not as good |", "10.0 |", "|", "20.0 |", "|", "not as good |", "|", "20.0 |"
     ]  # fmt: skip
-    assert lines[-1].startswith("1 of 2 seeds"), lines[-1]
+    assert lines[10] == "| mean | ours | 2 | 5 | 41.0 / 1.0 | 49.5 / 1.0 | 20.0 |"
+    assert lines[-1].startswith("2 of 3 seeds"), lines[-1]
 
 
 def test_only_clips_of_the_length_asked_for_are_taken(tmp_path):
