@@ -58,7 +58,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto takes the faster on this machine
     context: WindowMode = "auto"  # our window in training; the recipe's is always full
     max_seconds: float = 30.0  # longer clips are left out on both sides
-    quality_clips: str = "96,128,256,523"  # a run of ours each; empty leaves this out
+    quality_clips: str = "96,128,256,523"  # of ours, a run each; empty leaves this out
     quality_batch_size: int = 2  # clips per step of those runs
     quality_learning_rate: float = 7e-4  # peak of those runs
 

@@ -127,6 +127,8 @@ def table(compared: dict[str, Any], gemm: float, precision: str) -> str:
 
 # ------ time to the same error rate
 
+RATES = "{wer:.1f} / {cer:.1f}"
+
 
 def is_as_good(ours: dict[str, Any], recipe: dict[str, Any]) -> bool:
     """Whether no rate is higher than the recipe's, which knows 30 seconds only."""
@@ -158,11 +160,11 @@ def quality_table(seeds: list[dict[str, Any]]) -> str:
     ]
     for outcome in (*seeds, mean) if len(seeds) > 1 else seeds:
         recipe = outcome["recipe"]
-        rates = "{wer:.1f} / {cer:.1f}".format(**recipe["scores"])
+        rates = RATES.format(**recipe["scores"])
         cells = f"{recipe['clips']} | {recipe['seconds']:.0f} | | {rates}"
         lines.append(f"| {outcome['seed']} | recipe | {cells} | |")
         for run in outcome["ours"]:
-            rates = " | ".join("{wer:.1f} / {cer:.1f}".format(**run[name]) for name in WINDOWS)
+            rates = " | ".join(RATES.format(**run[name]) for name in WINDOWS)
             good = is_as_good(run, recipe)
             ratio = f"{recipe['seconds'] / run['seconds']:.1f}" if good else "not as good"
             cells = f"{run['clips']} | {run['seconds']:.0f} | {rates} | {ratio}"
